@@ -1,0 +1,1 @@
+"""ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control."""

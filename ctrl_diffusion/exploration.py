@@ -1,0 +1,111 @@
+r"""Two ways to explore, one likelihood: `log ratio = z . xi - |z|^2 / 2` with `z_j = scale_j (a_theta - a_old)(t_j, x_j)`.
+
+*Brownian*: the SDE's own noise. The likelihood of a step is the solver's Gaussian transition.
+*Action noise*: `a = a_theta + delta_j`, Gaussian, held over control interval `j`. Only the recorded `(t_j, x_j, delta_j)` enter the
+likelihood, so the interval may be integrated by any solver with any number of steps, ODE or SDE: the control grid is not
+the solver grid.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .predictions import expand
+from .process import DiffusionProcess
+from .sampler import Sampler, Trajectory
+from .solvers import KeyedPath, refine, solve
+
+
+class AbstractExploration(eqx.Module):
+    """How the policy is randomised while data is collected."""
+
+    @abc.abstractmethod
+    def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
+        """Sample paths on `sampler.grid` (the control grid) with the standard normals that the policy is judged by."""
+
+    @abc.abstractmethod
+    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        """`scale_j`: shift of the recorded noise per unit change of the action in interval `j`."""
+
+    @abc.abstractmethod
+    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        """Scales of the KL that `kl_weight` prices, `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
+
+
+class Brownian(AbstractExploration):
+    """The SDE's own noise; the price is the chain's own path KL. Needs `eta > 0` and a solver with a Gaussian transition."""
+
+    def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
+        self._check(sampler)
+        return sampler.trajectory(params, keys, cond)
+
+    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        self._check(sampler)
+        return sampler.chain_scales()
+
+    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        return self.scales(sampler)
+
+    def _check(self, sampler: Sampler) -> None:
+        if isinstance(sampler.process, DiffusionProcess):
+            sampler.process.require_noise(
+                "Brownian exploration", "Use eta > 0, or ActionNoise(strength=..., substeps=...), which explores any sampler."
+            )
+
+
+class ActionNoise(AbstractExploration):
+    r"""`a(t, x) = a_theta(t, x) + delta_j` on `[t_j, t_{j+1})`, `delta_j ~ N(0, s(t_j)^2 / (t_{j+1} - t_j))`, `s = strength / g`.
+
+    The covariance is per unit time, so the ratio's KL for a given change of policy does not depend on the number of
+    intervals. Only the noise is held; the score follows the state inside the interval, at `substeps` solver steps each.
+    The exploring process has the additional diffusion `c s = (1 + eta^2)/2 strength g`; evaluate without it
+    (`Sampler.sample`). A solver restarts in every interval, since the drift jumps there.
+
+    The price is the path KL by Girsanov at the left ends for `eta > 0`. At `eta = 0` the path KL is infinite, and the price is
+    the KL of the exploring policies, `g^2 |a - a_ref|^2 / (2 strength^2)` per unit time: another objective, stated as such.
+    """
+
+    strength: float = eqx.field(static=True, default=1.0)
+    substeps: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        if not self.strength > 0:
+            raise ValueError(f"strength={self.strength} must be positive: it is the exploration noise in units of 1/g.")
+        if self.substeps < 1:
+            raise ValueError(f"substeps={self.substeps} must be at least 1.")
+
+    def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
+        ts, n = sampler.ts, self.substeps
+        fine = jnp.asarray(refine(sampler.grid, n), sampler.dtype)
+        x0, keys = sampler.start(keys)
+        keys = jax.vmap(jax.random.split)(keys)
+        noise = KeyedPath(ts, keys[:, 0], sampler.shape).tabulate()
+        path = sampler.brownian(fine, keys[:, 1]) if sampler.is_stochastic else None
+        std = 1 / self.scales(sampler)
+
+        def interval(x, j):
+            delta = std[j] * noise[j]
+            term = sampler.process.term(lambda p, t, x, c: sampler.control(p, t, x, c) + delta, path)
+            steps = jax.lax.dynamic_slice(fine, (j * n,), (n + 1,))
+            x = solve(term, sampler.solver, steps, x, (params, cond))
+            return x, x
+
+        _, xs = jax.lax.scan(interval, x0, jnp.arange(len(ts) - 1))
+        return Trajectory(ts, jnp.concatenate([x0[None], xs]), noise)
+
+    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        if not isinstance(sampler.process, DiffusionProcess):
+            raise TypeError(f"ActionNoise scales with the noising g(t), which {type(sampler.process).__name__} does not have.")
+        with jax.ensure_compile_time_eval():
+            return jnp.sqrt(jnp.diff(sampler.ts)) * sampler.process.g(sampler.ts[:-1]) / self.strength
+
+    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+        return sampler.girsanov_scales() if sampler.is_stochastic else self.scales(sampler)
+
+
+def shift(scales: Float[Array, "..."], a, a_old):
+    """`z = scale (a - a_old)` for actions `[n, *x]` and one scale per row (or one for all)."""
+    return expand(scales, a) * (a - a_old)

@@ -1,0 +1,242 @@
+r"""The controlled SDE, its price, and the diffusion process as the case where the action is the score.
+
+Control time `t` runs from noise (`t0`) to data (`t1`). Any controlled SDE here has the action form
+
+    dX = (A(t) X + B(t) a(t, X)) dt + G(t) dW,        KL(P^a || P^ref) = E^a int (B/G)^2 / 2 |a - a_ref|^2 dt   (Girsanov)
+
+For a diffusion process with noising coefficients `f, g` at `tau = horizon - t` and the noise level `eta >= 0`:
+
+    A = -f,   B = c = (1 + eta^2)/2 g^2,   G = eta g,   so the price is   k = (1 + eta^2)^2 / (8 eta^2) g^2.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .predictions import EPSILON, X0, Prediction, expand
+from .schedules import AbstractSchedule
+from .solvers import AbstractSemilinearTerm, Field, Transition, check_grid, gaussian_transition, standard_normal, uniform
+
+Time = Float[Array, ""] | Float[Array, " b"]
+State = Float[Array, "b *x"]
+Params = Any
+Cond = Any
+ControlFn = Callable[[Params, Time, State, Cond], State]  # action = control(params, t, x, cond), batched
+Args = tuple[Params, Cond]
+
+
+class AbstractControlledSDE(eqx.Module):
+    """`dX = (A X + B a) dt + G dW` on `[t0, t1]`, with a running cost; everything the objective needs to know of it."""
+
+    t0: eqx.AbstractVar[float]
+    t1: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
+        """`A, B, G` in the action form, elementwise in `t`."""
+
+    @abc.abstractmethod
+    def initial(self, keys, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
+        """Draw `X(t0)`, one sample per key: `[b, *shape]`."""
+
+    @abc.abstractmethod
+    def term(self, control: ControlFn, path: dfx.AbstractBrownianPath | None) -> AbstractSemilinearTerm:
+        """The SDE under `control`, to be integrated with `args = (params, cond)`."""
+
+    def running_cost(self, t: Time, x: State) -> Float[Array, " b"]:
+        """Running cost rate `f(t, x)`; zero for fine-tuning."""
+        return jnp.zeros(x.shape[0], x.dtype)
+
+    def transition(self, solver: dfx.AbstractSolver, t0: Time, t1: Time) -> Transition:
+        """The Gaussian step `x1 = phi x0 + psi a + std xi` that `solver` makes, in the action; `TypeError` if it makes none."""
+        return gaussian_transition(solver, self.term(_no_control, None), t0, t1)
+
+    def control_scale_rate(self, t: Time) -> Time:
+        """`B / G`: the control in units of the noise, `u = (B/G)(a - a_ref)`, per unit action and square-root time."""
+        _, b, g = self.coefficients(t)
+        return b / g
+
+    def kl_rate(self, t: Time, a: State, a_ref: State) -> Float[Array, " b"]:
+        """Path-KL rate `k(t) |a - a_ref|^2`, nats per unit control time, summed over state dimensions; `t` scalar or `[b]`.
+
+        Infinite (or nan where the actions agree) for a deterministic process: `require_noise` says so by name.
+        """
+        scale = expand(self.control_scale_rate(t), a)
+        return 0.5 * jnp.sum((scale * (a - a_ref)) ** 2, axis=tuple(range(1, a.ndim)))
+
+    def grid(self, steps: int) -> np.ndarray:
+        """`steps` equal steps in control time from `t0` to `t1`."""
+        return uniform(self.t0, self.t1, steps)
+
+    def check_grid(self, ts) -> np.ndarray:
+        """Return `ts` checked: increasing, and from `t0` to `t1` exactly (to 1e-6 of the span)."""
+        ts = check_grid(ts)
+        tolerance = 1e-6 * (self.t1 - self.t0)
+        if abs(ts[-1] - self.t1) > tolerance:
+            raise ValueError(
+                f"grid ends at t={ts[-1]:g}, but the data is at t1={self.t1:g}: end it there, for example process.grid(steps)."
+            )
+        if abs(ts[0] - self.t0) > tolerance:
+            raise ValueError(f"grid starts at t={ts[0]:g}, but the process starts at t0={self.t0:g}: use process.grid(steps).")
+        return ts
+
+
+class DiffusionProcess(AbstractControlledSDE):
+    r"""Sampling from a diffusion model as a controlled SDE: the score is the action.
+
+    `dX = [-f X + (1 + eta^2)/2 g^2 a(t, X)] dt + eta g dW`. With `a` the true score all `eta` share the same marginals; `eta = 0`
+    is the probability-flow ODE, `eta = 1` the reverse SDE (Song et al. 2021, eq. 6 and 13; the eta family is the continuous
+    limit of DDIM(eta)).
+
+    Args:
+        schedule: the noising.
+        eta: noise level, at least 0, a Python float.
+        frozen: the prediction that exponential integrators hold constant over a step (`X0`: DDIM / ancestral sampling).
+    """
+
+    schedule: AbstractSchedule
+    eta: float = eqx.field(static=True, default=1.0)
+    frozen: Prediction = eqx.field(static=True, default=X0)
+
+    def __check_init__(self):
+        if not isinstance(self.eta, int | float):
+            raise TypeError(f"eta={self.eta!r} must be a Python number: it is compiled in.")
+        if not self.eta >= 0:
+            raise ValueError(f"eta={self.eta} must be at least 0 (0: probability-flow ODE, 1: reverse SDE).")
+
+    @property
+    def t0(self) -> float:
+        return self.schedule.horizon - self.schedule.tau_max
+
+    @property
+    def t1(self) -> float:
+        return self.schedule.horizon - self.schedule.tau_min
+
+    def tau(self, t: Time) -> Time:
+        """Noising time of control time `t`."""
+        return self.schedule.horizon - t
+
+    def g(self, t: Time) -> Time:
+        """The noising diffusion `g` at control time `t`."""
+        return jnp.sqrt(self.schedule.g_squared(self.tau(t)))
+
+    def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
+        tau = self.tau(t)
+        g_squared = self.schedule.g_squared(tau)
+        return -self.schedule.f(tau), 0.5 * (1 + self.eta**2) * g_squared, self.eta * jnp.sqrt(g_squared)
+
+    def initial(self, keys, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
+        """`N(0, sigma(tau_max)^2)`: the noising law of `X(t0)` up to `alpha(tau_max)` times the data."""
+        tau = jnp.asarray(self.schedule.tau_max, dtype)
+        return self.schedule.sigma(tau) * standard_normal(keys, 0, shape, dtype)
+
+    def term(self, control: ControlFn, path: dfx.AbstractBrownianPath | None) -> AbstractSemilinearTerm:
+        if (path is None) != (self.eta == 0):
+            raise ValueError(f"eta={self.eta}: pass path=None exactly when eta is 0 (a deterministic process has no noise).")
+        return DiffusionTerm(self, control, path)
+
+    def transition(self, solver: dfx.AbstractSolver, t0: Time, t1: Time) -> Transition:
+        phi, psi, std = gaussian_transition(solver, DiffusionTerm(self, _no_control, None), t0, t1)
+        p, q = self.frozen.coefficients(self.schedule, self.tau(t0))  # u = p x + q a
+        return Transition(phi + psi * p, psi * q, std)
+
+    def denoise(self, t: Time, x: State, score: State) -> State:
+        """Tweedie's posterior mean of the data, `(x + sigma^2 a) / alpha`; `t` scalar or `[b]`."""
+        return X0.from_score(self.schedule, self.tau(t), x, score)
+
+    def terminal_mean(self, t: Time, x: State, score: State) -> State:
+        """Posterior mean of the final state `X(t1)` given `X(t) = x` under the noising law of the score.
+
+        Equals `denoise` when `tau_min = 0`, and exactly `x` at `t = t1` always: what makes `V(t1, x) = r(x)` for values
+        built on `r(terminal_mean)`.
+        """
+        phi, psi, _ = _x0_transition(self.schedule, 1.0, self.tau(t), jnp.asarray(self.schedule.tau_min, x.dtype))
+        return expand(phi, x) * x + expand(psi, x) * self.denoise(t, x, score)
+
+    def require_noise(self, use: str, remedy: str) -> None:
+        """Raise if `eta = 0`, where path KL is infinite and steps have no likelihood."""
+        if self.eta == 0:
+            raise ValueError(f"eta=0: {use} is undefined for a deterministic sampler. {remedy}")
+
+
+class DiffusionTerm(AbstractSemilinearTerm):
+    """A diffusion process under a control, written in the variable `u` that `process.frozen` names: `u = p x + q a`."""
+
+    process: DiffusionProcess
+    action: ControlFn
+    path: dfx.AbstractBrownianPath | None
+
+    def control(self, t, x, args: Args) -> State:
+        return self.vf(t, x, args).control
+
+    def vf(self, t, y, args: Args) -> Field:
+        params, cond = args
+        score = self.action(params, t, y, cond)
+        a, b, g = self.process.coefficients(t)
+        u = self.process.frozen.from_score(self.process.schedule, self.process.tau(t), y, score)
+        return Field(u, a * y + b * score, g)  # the drift in the action: regular at zero noise
+
+    def coefficients(self, t):
+        a, b, g = self.process.coefficients(t)
+        p, q = self.process.frozen.coefficients(self.process.schedule, self.process.tau(t))
+        return a - b * p / q, b / q, g
+
+    def propagator(self, t0, t1) -> Transition:
+        schedule, eta = self.process.schedule, self.process.eta
+        tau0, tau1 = self.process.tau(t0), self.process.tau(t1)
+        if self.process.frozen is X0:
+            return _x0_transition(schedule, eta, tau0, tau1)
+        if self.process.frozen is EPSILON:
+            return _epsilon_transition(schedule, eta, tau0, tau1)
+        return _quadrature_transition(self, t0, t1)
+
+
+def _no_control(params, t, x, cond):
+    raise RuntimeError("this term was made for its coefficients only and has no control.")
+
+
+def _x0_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transition:
+    r"""x0 frozen, `h = lambda1 - lambda0`: `phi = (sigma1/sigma0) e^{-eta^2 h}`, `psi = alpha1 - phi alpha0`, `std^2 = sigma1^2 (1 - e^{-2 eta^2 h})`.
+
+    `x - alpha x0` solves the homogeneous equation, hence `psi`. At `sigma1 = 0` both phi and std vanish: written without
+    `lambda1`, which is infinite there, as `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`.
+    """
+    ratio = schedule.sigma(tau1) / schedule.sigma(tau0)
+    decay = (ratio * schedule.alpha(tau0) / schedule.alpha(tau1)) ** (eta**2)
+    phi = ratio * decay
+    return Transition(phi, schedule.alpha(tau1) - phi * schedule.alpha(tau0), schedule.sigma(tau1) * jnp.sqrt(1 - decay**2))
+
+
+def _epsilon_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transition:
+    r"""epsilon frozen, `n = sigma/alpha`: `phi = alpha1/alpha0`, `psi = -(1 + eta^2) alpha1 (n0 - n1)`, `std^2 = eta^2 alpha1^2 (n0^2 - n1^2)`."""
+    alpha0, alpha1 = schedule.alpha(tau0), schedule.alpha(tau1)
+    n0, n1 = schedule.sigma(tau0) / alpha0, schedule.sigma(tau1) / alpha1
+    return Transition(alpha1 / alpha0, -(1 + eta**2) * alpha1 * (n0 - n1), eta * alpha1 * jnp.sqrt((n0 - n1) * (n0 + n1)))
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+
+def _quadrature_transition(term: AbstractSemilinearTerm, t0, t1) -> Transition:
+    r"""Any frozen variable: `phi = exp int A`, `psi = int phi(s, t1) B(s) ds`, `std^2 = int phi(s, t1)^2 G(s)^2 ds`, 16-point Gauss-Legendre."""
+    nodes, weights = jnp.asarray(_NODES, t0.dtype), jnp.asarray(_WEIGHTS, t0.dtype)
+
+    def integral(fn, lo, hi):
+        half = 0.5 * (hi - lo)
+        return half * jnp.sum(weights * fn(lo + half * (nodes + 1)))
+
+    def log_phi(s):
+        return integral(lambda r: term.coefficients(r)[0], s, t1)
+
+    def phi(s):
+        return jnp.exp(eqx.filter_vmap(log_phi)(s))
+
+    psi = integral(lambda s: phi(s) * term.coefficients(s)[1], t0, t1)
+    variance = integral(lambda s: phi(s) ** 2 * term.coefficients(s)[2] ** 2, t0, t1)
+    return Transition(jnp.exp(log_phi(t0)), psi, jnp.sqrt(variance))

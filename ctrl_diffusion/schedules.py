@@ -1,0 +1,167 @@
+r"""Noise schedules: `X_tau = alpha(tau) X_data + sigma(tau) eps` in noising time `tau` in `[0, horizon]`.
+
+A schedule gives `log alpha` and `sigma^2`; the noising SDE `dX = f X dtau + g dB` follows (theory in docs/mathematics.md):
+
+    f = d log alpha / dtau,     g^2 = d sigma^2 / dtau - 2 f sigma^2,     lambda = log(alpha / sigma)
+
+All functions work elementwise on `tau` of any shape. `tau_min` and `tau_max` bound the part that is sampled: control time
+`t = horizon - tau` runs from `horizon - tau_max` (noise) to `horizon - tau_min` (data). `tau_min > 0` keeps the last step of
+an SDE away from zero noise, where a change of mean would have infinite KL.
+"""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Times = Float[Array, "..."]
+
+
+def _derivative(fn: Callable[[Times], Times], tau: Times) -> Times:
+    return jax.jvp(fn, (tau,), (jnp.ones_like(tau),))[1]
+
+
+class AbstractSchedule(eqx.Module):
+    """Noising `X_tau = alpha(tau) X_data + sigma(tau) eps` for `tau` in `[tau_min, tau_max]`, inside `[0, horizon]`."""
+
+    horizon: eqx.AbstractVar[float]
+    tau_min: eqx.AbstractVar[float]
+    tau_max: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def log_alpha(self, tau: Times) -> Times:
+        """Logarithm of the signal coefficient."""
+
+    @abc.abstractmethod
+    def sigma_squared(self, tau: Times) -> Times:
+        """Variance of the noise."""
+
+    def alpha(self, tau: Times) -> Times:
+        return jnp.exp(self.log_alpha(tau))
+
+    def sigma(self, tau: Times) -> Times:
+        return jnp.sqrt(self.sigma_squared(tau))
+
+    def log_snr(self, tau: Times) -> Times:
+        """`lambda = log(alpha / sigma)`, half the logarithm of the signal-to-noise ratio of variances."""
+        return self.log_alpha(tau) - 0.5 * jnp.log(self.sigma_squared(tau))
+
+    def f(self, tau: Times) -> Times:
+        """Linear drift rate of the noising SDE, `d log alpha / dtau`."""
+        return _derivative(self.log_alpha, tau)
+
+    def g_squared(self, tau: Times) -> Times:
+        """Squared diffusion of the noising SDE, `d sigma^2 / dtau - 2 f sigma^2`."""
+        return _derivative(self.sigma_squared, tau) - 2 * self.f(tau) * self.sigma_squared(tau)
+
+    def __check_init__(self):
+        if not self.horizon > 0:
+            raise ValueError(f"horizon={self.horizon} must be positive.")
+        if not 0 <= self.tau_min < self.tau_max <= self.horizon:
+            raise ValueError(
+                f"tau_min={self.tau_min}, tau_max={self.tau_max} must satisfy 0 <= tau_min < tau_max <= horizon={self.horizon}."
+            )
+
+
+class AbstractVariancePreserving(AbstractSchedule):
+    """`alpha^2 + sigma^2 = 1`."""
+
+    def sigma_squared(self, tau: Times) -> Times:
+        return -jnp.expm1(2 * self.log_alpha(tau))
+
+
+class VPLinear(AbstractVariancePreserving):
+    """`beta(tau)` linear from `beta_min` to `beta_max` over the horizon (Ho et al. 2020; Song et al. 2021, eq. 32).
+
+    `beta_min = beta_max` is the constant-rate Ornstein-Uhlenbeck process.
+    """
+
+    beta_min: float = eqx.field(static=True, default=0.1)
+    beta_max: float = eqx.field(static=True, default=20.0)
+    horizon: float = eqx.field(static=True, default=1.0)
+    tau_min: float = eqx.field(static=True, default=1e-3)
+    tau_max: float = eqx.field(static=True, default=1.0)
+
+    def log_alpha(self, tau: Times) -> Times:
+        return -0.5 * self.beta_min * tau - 0.25 * (self.beta_max - self.beta_min) * tau**2 / self.horizon
+
+
+class VPCosine(AbstractVariancePreserving):
+    """`alpha = cos(pi/2 (tau + s)/(1 + s)) / cos(pi/2 s/(1 + s))` on `[0, 1]` (Nichol and Dhariwal 2021, eq. 17).
+
+    `alpha` vanishes at `tau = 1`, where the SDE is singular: `tau_max` must stay below 1 (the paper clips beta instead).
+    """
+
+    s: float = eqx.field(static=True, default=0.008)
+    horizon: float = eqx.field(static=True, default=1.0)
+    tau_min: float = eqx.field(static=True, default=0.01)
+    tau_max: float = eqx.field(static=True, default=0.998)
+
+    def log_alpha(self, tau: Times) -> Times:
+        def log_cos(tau):
+            return jnp.log(jnp.cos(0.5 * jnp.pi * (tau + self.s) / (1 + self.s)))
+
+        return log_cos(tau) - log_cos(jnp.zeros_like(tau))
+
+    def __check_init__(self):
+        if self.tau_max >= 1:
+            raise ValueError(f"tau_max={self.tau_max} must be below 1: the cosine schedule has alpha = 0 there.")
+
+
+class VPTable(AbstractVariancePreserving):
+    """A table of discrete betas as a continuous schedule; the default is Stable Diffusion's scaled-linear table.
+
+    Timestep `i` of `n` is noising time `(i + 1) / n`; `log alpha` is exact at those nodes and linear in between.
+    """
+
+    betas: tuple[float, ...] = eqx.field(
+        static=True, default_factory=lambda: tuple((np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).tolist())
+    )
+    horizon: float = eqx.field(static=True, default=1.0)
+    tau_min: float = eqx.field(static=True, default=1e-3)
+    tau_max: float = eqx.field(static=True, default=1.0)
+
+    def log_alpha(self, tau: Times) -> Times:
+        table = 0.5 * np.concatenate([[0.0], np.cumsum(np.log1p(-np.asarray(self.betas, np.float64)))])
+        nodes = np.linspace(0, self.horizon, len(table))
+        return jnp.interp(tau, jnp.asarray(nodes, tau.dtype), jnp.asarray(table, tau.dtype))
+
+    def __check_init__(self):
+        if not all(0 < b < 1 for b in self.betas):
+            raise ValueError("betas must all lie strictly between 0 and 1.")
+
+
+class VarianceExploding(AbstractSchedule):
+    """`alpha = 1`, `sigma = tau`: noising time is the noise level (Karras et al. 2022, EDM)."""
+
+    horizon: float = eqx.field(static=True, default=80.0)
+    tau_min: float = eqx.field(static=True, default=2e-3)
+    tau_max: float = eqx.field(static=True, default=80.0)
+
+    def log_alpha(self, tau: Times) -> Times:
+        return jnp.zeros_like(tau)
+
+    def sigma_squared(self, tau: Times) -> Times:
+        return tau**2
+
+
+class RectifiedFlow(AbstractSchedule):
+    """`alpha = 1 - tau`, `sigma = tau` (Liu et al. 2023; Lipman et al. 2023). Singular at `tau = 1`, so `tau_max < 1`."""
+
+    horizon: float = eqx.field(static=True, default=1.0)
+    tau_min: float = eqx.field(static=True, default=1e-3)
+    tau_max: float = eqx.field(static=True, default=0.999)
+
+    def log_alpha(self, tau: Times) -> Times:
+        return jnp.log1p(-tau)
+
+    def sigma_squared(self, tau: Times) -> Times:
+        return tau**2
+
+    def __check_init__(self):
+        if self.tau_max >= 1:
+            raise ValueError(f"tau_max={self.tau_max} must be below 1: rectified flow has alpha = 0 there.")

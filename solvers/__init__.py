@@ -1,0 +1,23 @@
+"""How to integrate `dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW`: diffrax terms, solvers, paths and grids.
+
+Knows no diffusion model, no reward and no reinforcement learning. Import it as `ctrl_diffusion.solvers`.
+"""
+
+from .exponential import ExponentialEuler as ExponentialEuler, gaussian_transition as gaussian_transition
+from .grid import GridSteps as GridSteps, check_grid as check_grid, refine as refine, uniform as uniform
+from .integrate import integrate as integrate, solve as solve
+from .path import (
+    KeyedPath as KeyedPath,
+    levy_area_for as levy_area_for,
+    RecordedPath as RecordedPath,
+    sample_keys as sample_keys,
+)
+from .path import standard_normal as standard_normal
+from .term import (
+    AbstractSemilinearTerm as AbstractSemilinearTerm,
+    Diffusion as Diffusion,
+    Field as Field,
+    Interval as Interval,
+    Transition as Transition,
+    terms_for as terms_for,
+)

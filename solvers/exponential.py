@@ -1,0 +1,72 @@
+r"""Exponential Euler: the exact solution of the semilinear SDE with the control frozen over each step."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import diffrax as dfx
+import jax.numpy as jnp
+
+from .term import AbstractSemilinearTerm, Transition
+
+
+class ExponentialEuler(dfx.AbstractItoSolver):
+    r"""`x1 = phi x0 + psi u(t0, x0) + std xi`, with `phi, psi, std` the exact propagator of the term.
+
+    Deterministic order 1, weak order 1; exact where `u` is constant along paths. Which scheme of the literature this is
+    depends on the variable that the term freezes: with x0 frozen it is DDIM at eta = 0 and ancestral DDPM sampling at
+    eta = 1 (Song et al. 2021, eq. 12; Ho et al. 2020, eq. 11); epsilon- and score-frozen forms differ at eta > 0.
+
+    ??? cite "Reference"
+        ```bibtex
+        @article{hochbruck2010exponential, author={Hochbruck, Marlis and Ostermann, Alexander},
+          title={Exponential integrators}, journal={Acta Numerica}, volume={19}, pages={209--286}, year={2010}}
+        @inproceedings{song2021ddim, author={Song, Jiaming and Meng, Chenlin and Ermon, Stefano},
+          title={Denoising diffusion implicit models}, booktitle={ICLR}, year={2021}}
+        ```
+    """
+
+    term_structure: ClassVar = AbstractSemilinearTerm
+    interpolation_cls: ClassVar[Callable[..., dfx.LocalLinearInterpolation]] = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 1
+
+    def strong_order(self, terms):
+        return 1
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del solver_state, made_jump
+        u = terms.vf(t0, y0, args).control
+        interval = terms.contr(t0, t1)
+        phi, psi, std = interval.transition
+        y1 = phi * y0 + psi * u + std * interval.dw / jnp.sqrt(interval.dt)
+        return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def transition(self, term: AbstractSemilinearTerm, t0, t1) -> Transition:
+        """The chain's own step: the propagator of the term."""
+        return term.propagator(t0, t1)
+
+
+def gaussian_transition(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm, t0, t1) -> Transition:
+    """The affine Gaussian step that `solver` makes over `[t0, t1]`, if it makes one.
+
+    Known for `diffrax.Euler` (Euler-Maruyama) and for every solver with a method `transition(term, t0, t1)`.
+    Raises `TypeError` for the rest: a multi-stage step is not Gaussian given its start.
+    """
+    if isinstance(solver, dfx.Euler):
+        a, b, g = term.coefficients(t0)
+        dt = t1 - t0
+        return Transition(1 + a * dt, b * dt, g * jnp.sqrt(dt))
+    if not hasattr(solver, "transition"):
+        raise TypeError(
+            f"solver={type(solver).__name__} has no Gaussian transition per step, so the likelihood of its steps is unknown. "
+            "Use ExponentialEuler or diffrax.Euler, explore with ActionNoise (valid for any solver), or give your solver a "
+            "method transition(term, t0, t1)."
+        )
+    return solver.transition(term, t0, t1)
