@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from .quadrature import gauss_legendre, moment_fractions
 
 Scalar = Float[Array, ""]
 State = Float[Array, "b *x"]
@@ -38,11 +41,28 @@ class Field(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """What a semilinear term's `contr` returns: the time step, the Brownian increment, the frozen-control transition."""
+    r"""What a semilinear term's `contr` returns.
+
+    The clock is a monotone function of time in which the control is smooth (log-SNR for a diffusion model); polynomials
+    of multistep and multistage solvers live in it. `theta = (clock(s) - clock(t0)) / (clock(t1) - clock(t0))`.
+
+    Attributes:
+        dt: `t1 - t0`.
+        dw: the Brownian increment (a scalar zero where the term has no noise).
+        transition: the exact transition for a control frozen over the interval.
+        clock: the clock at `t0` and `t1`; infinite at a time without noise.
+        rate: `k` where `Phi(s, t1) B(s) ds` is proportional to `exp(-k (clock(t1) - clock(s))) dclock`, else nan.
+        moments: `int Phi(s, t1) B(s) theta(s)^j ds` for `j = 0, 1, ...`, as many as were asked for; the first is `psi`.
+        times: the times of the clock values that were asked for.
+    """
 
     dt: Scalar
-    dw: State | Scalar
+    dw: Any
     transition: Transition
+    clock: tuple[Scalar, Scalar]
+    rate: Scalar
+    moments: tuple[Scalar, ...] = ()
+    times: tuple[Scalar, ...] = ()
 
 
 class AbstractSemilinearTerm(dfx.AbstractTerm[Field, Interval]):
@@ -51,6 +71,8 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Field, Interval]):
     A solver sees only `vf`, `contr` and `prod` (diffrax wraps terms, so further methods cannot be reached from a solver);
     `contr` therefore carries the exact transition. `prod` is the Euler product, so that `diffrax.Euler` on this term is
     Euler-Maruyama; `terms_for` rewrites the term for solvers which want a drift and a diffusion apart.
+
+    A subclass gives `coefficients` and `propagator`; `clock`, `time_at` and `rate` have defaults (the clock is time).
     """
 
     control: eqx.AbstractVar[ControlField]
@@ -64,20 +86,53 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Field, Interval]):
     def propagator(self, t0: Scalar, t1: Scalar) -> Transition:
         """The exact transition over `[t0, t1]` for a control that is frozen at its value at `t0`."""
 
+    def clock(self, t: Scalar) -> Scalar:
+        """An increasing function of time in which the control is smooth."""
+        return t
+
+    def time_at(self, clock: Scalar) -> Scalar:
+        """The inverse of `clock`."""
+        return clock
+
+    def rate(self) -> float | None:
+        """`k` if `Phi(s, t1) B(s) ds` is proportional to `exp(-k (clock(t1) - clock(s))) dclock` on every interval."""
+        return None
+
+    def moments(self, t0: Scalar, t1: Scalar, count: int) -> tuple[Scalar, ...]:
+        """`int Phi(s, t1) B(s) theta(s)^j ds`, `j < count`: closed forms where there is a `rate`, else quadrature."""
+        psi, rate = self.propagator(t0, t1).psi, self.rate()
+        c0, c1 = self.clock(t0), self.clock(t1)
+        if rate is not None:
+            return tuple(psi * fraction for fraction in moment_fractions(-rate * (c1 - c0), count))
+        s, weights = gauss_legendre(t0, t1)
+        weights = weights * jax.vmap(lambda s: self.propagator(s, t1).phi * self.coefficients(s)[1])(s)
+        theta = (jax.vmap(self.clock)(s) - c0) / (c1 - c0)
+        return tuple(psi * jnp.sum(weights * theta**j) / jnp.sum(weights) for j in range(count))
+
     def vf(self, t, y, args) -> Field:
         a, b, g = self.coefficients(t)
         u = self.control(t, y, args)
         return Field(u, a * y + b * u, g)
 
-    def contr(self, t0, t1, **kwargs) -> Interval:
+    def contr(self, t0, t1, *, moments: int = 0, clock_at: tuple = (), **kwargs) -> Interval:
+        """The interval `[t0, t1]`, with `moments` moments, the times of the clock values `clock_at`, and `kwargs` to the path."""
         dw = jnp.zeros_like(t1 - t0) if self.path is None else self.path.evaluate(t0, t1, **kwargs)
-        return Interval(t1 - t0, dw, self.propagator(t0, t1))
+        rate = self.rate()
+        return Interval(
+            dt=t1 - t0,
+            dw=dw,
+            transition=self.propagator(t0, t1),
+            clock=(self.clock(t0), self.clock(t1)),
+            rate=jnp.full_like(t1 - t0, jnp.nan if rate is None else rate),
+            moments=self.moments(t0, t1, moments) if moments else (),
+            times=tuple(self.time_at(c) for c in clock_at),
+        )
 
     def prod(self, vf: Field, control: Interval) -> State:
         return vf.drift * control.dt + vf.diffusion * control.dw
 
 
-class Diffusion(dfx.AbstractTerm[Scalar, Any]):
+class Diffusion(dfx.AbstractTerm[Any, Any]):
     """The noise term `G(t) dW` alone, for diffrax solvers that take drift and diffusion apart."""
 
     coefficient: Callable[[Scalar], Scalar]
@@ -91,18 +146,3 @@ class Diffusion(dfx.AbstractTerm[Scalar, Any]):
 
     def prod(self, vf: Scalar, control):
         return vf * control
-
-
-def terms_for(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm) -> dfx.AbstractTerm:
-    """Rewrite a semilinear term in the structure `solver` declares.
-
-    Solvers that declare `AbstractSemilinearTerm` get the term itself. All others get `ODETerm(drift)` where the term has
-    no noise (`path is None`), and `MultiTerm(ODETerm(drift), Diffusion)` where it has.
-    """
-    structure = solver.term_structure
-    if isinstance(structure, type) and issubclass(structure, AbstractSemilinearTerm):
-        return term
-    drift = dfx.ODETerm(lambda t, y, args: term.vf(t, y, args).drift)
-    if term.path is None:
-        return drift
-    return dfx.MultiTerm(drift, Diffusion(lambda t: term.coefficients(t)[2], term.path))

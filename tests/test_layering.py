@@ -1,0 +1,148 @@
+"""The direction of dependencies: experiments -> ctrl_diffusion -> solvers, and what no file may do."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("ctrl_diffusion", "solvers", "experiments", "tests")
+FIRST_PARTY = set(FOLDERS)
+SOLVERS_MAY_IMPORT = {"diffrax", "equinox", "jax", "jaxtyping", "lineax", "numpy", "optimistix"}
+MAX_LINES = 400
+
+
+def sources(*folders):
+    """Python files below each folder, without following links; the link to `solvers/` is checked where it lives."""
+    for folder in folders:
+        for directory, subfolders, names in os.walk(ROOT / folder):
+            subfolders[:] = [name for name in subfolders if name != "__pycache__"]
+            for name in names:
+                if name.endswith(".py"):
+                    yield Path(directory, name)
+
+
+def imports(path: Path):
+    """`(line, module, level)` of every import, those inside functions and through `import_module("...")` included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or "", node.level
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            if isinstance(node.args[0].value, str) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                yield node.lineno, node.args[0].value, 0
+
+
+def top_levels(path: Path):
+    for line, module, level in imports(path):
+        yield line, module.split(".")[0] if level == 0 else ".", level
+
+
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def offences(folder: str, banned: set[str]) -> list[str]:
+    return [f"{where(p, line)} imports {name}" for p in sources(folder) for line, name, _ in top_levels(p) if name in banned]
+
+
+def test_all_folders_are_there():
+    for folder in FOLDERS:
+        assert list(sources(folder)), f"no Python files in {folder}/"
+
+
+def test_solvers_is_reached_only_through_the_link_in_the_package():
+    link = ROOT / "ctrl_diffusion" / "solvers"
+    assert link.is_symlink(), "ctrl_diffusion/solvers must be a symbolic link (git on Windows: core.symlinks=true)"
+    assert os.readlink(link) == "../solvers"
+    assert not (ROOT / "solvers").is_symlink()
+
+
+def test_nobody_imports_a_bare_solvers():
+    assert [bad for folder in FOLDERS for bad in offences(folder, {"solvers"})] == []
+
+
+def test_solvers_knows_nothing_above_it():
+    allowed = SOLVERS_MAY_IMPORT | set(sys.stdlib_module_names) | {"."}
+    for path in sources("solvers"):
+        depth = len(path.relative_to(ROOT / "solvers").parts)  # one dot in solvers/x.py, at most two in solvers/a/x.py
+        for line, name, level in top_levels(path):
+            assert name in allowed, f"{where(path, line)} imports {name}; solvers/ may import {sorted(SOLVERS_MAY_IMPORT)}"
+            assert level <= depth, f"{where(path, line)} leaves solvers/ by a relative import"
+
+
+def test_the_library_does_not_know_experiments_or_tests():
+    assert offences("ctrl_diffusion", {"experiments", "tests"}) == []
+    for path in sources("ctrl_diffusion"):
+        depth = len(path.relative_to(ROOT / "ctrl_diffusion").parts)
+        for line, _, level in top_levels(path):
+            assert level <= depth, f"{where(path, line)} leaves ctrl_diffusion/ by a relative import"
+
+
+def test_experiments_do_not_know_tests():
+    assert offences("experiments", {"tests"}) == []
+
+
+@pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers", "experiments"])
+def test_no_torch(folder):
+    assert offences(folder, {"torch", "torchvision", "diffusers", "peft", "tensorflow"}) == []
+
+
+@pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers"])
+def test_the_library_changes_no_jax_configuration_and_no_environment(folder):
+    banned = ("config.update", "os.environ", "environ.setdefault", "putenv", "enable_x64")
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute | ast.Name):
+                assert not ast.unparse(node).endswith(banned), f"{where(path, node.lineno)}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers"])
+def test_annotations_are_evaluated(folder):
+    """`from __future__ import annotations` turns equinox's AbstractVar into a string, which is then not checked."""
+    assert offences(folder, {"__future__"}) == []
+
+
+def test_files_are_short():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*FOLDERS)}
+    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_drawer_for_everything():
+    names = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
+    assert [str(path.relative_to(ROOT)) for path in sources(*FOLDERS) if path.name in names] == []
+
+
+IMPORT_ALL = """
+    import importlib, pkgutil
+    import chex, diffrax, equinox, flax.nnx, jax, optax, orbax.checkpoint, transformers
+
+    def settings():
+        return {name: repr(value) for name, value in jax.config.values.items()}
+
+    before = settings()
+    import ctrl_diffusion
+    modules = [m.name for m in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion.")]
+    assert "ctrl_diffusion.solvers.term" in modules, modules
+    for name in modules:
+        importlib.import_module(name)
+    changed = {name: value for name, value in settings().items() if before.get(name) != value}
+    assert not changed, f"importing ctrl_diffusion changed jax.config: {changed}"
+
+    import sys
+    for name in ("torch", "experiments", "tests", "solvers"):
+        assert name not in sys.modules, f"importing ctrl_diffusion imported {name}"
+"""
+
+
+def test_importing_every_module_has_no_side_effects():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(IMPORT_ALL)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
