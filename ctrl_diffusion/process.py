@@ -21,7 +21,16 @@ from jaxtyping import Array, Float
 
 from .predictions import EPSILON, X0, Prediction, expand
 from .schedules import AbstractSchedule
-from .solvers import AbstractSemilinearTerm, Field, Transition, check_grid, gaussian_transition, standard_normal, uniform
+from .solvers import (
+    AbstractSemilinearTerm,
+    Field,
+    Transition,
+    check_grid,
+    decreasing_inverse,
+    gaussian_transition,
+    standard_normal,
+    uniform,
+)
 
 Time = Float[Array, ""] | Float[Array, " b"]
 State = Float[Array, "b *x"]
@@ -195,6 +204,20 @@ class DiffusionTerm(AbstractSemilinearTerm):
         if self.process.frozen is EPSILON:
             return _epsilon_transition(schedule, eta, tau0, tau1)
         return _quadrature_transition(self, t0, t1)
+
+    def clock(self, t):
+        """The log-SNR, in which network outputs are smooth."""
+        return self.process.schedule.log_snr(self.process.tau(t))
+
+    def time_at(self, clock):
+        """The time of a log-SNR, no earlier than the start of the process."""
+        schedule = self.process.schedule
+        ends = jnp.log(jnp.asarray([1e-8 * schedule.horizon, schedule.tau_max], clock.dtype))
+        return schedule.horizon - jnp.exp(decreasing_inverse(lambda s: schedule.log_snr(jnp.exp(s)), clock, *ends))
+
+    def rate(self):
+        r"""`dx0` enters as `e^{-(1 + eta^2)(lambda1 - lambda)} dlambda`, `epsilon` as `e^{lambda1 - lambda} dlambda`."""
+        return {X0: 1 + self.process.eta**2, EPSILON: -1.0}.get(self.process.frozen)
 
 
 def _no_control(params, t, x, cond):

@@ -6,8 +6,9 @@ import diffrax as dfx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .fit import terms_for
 from .grid import GridSteps, check_grid
-from .term import AbstractSemilinearTerm, State, terms_for
+from .term import AbstractSemilinearTerm, State
 
 
 def integrate(

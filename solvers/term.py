@@ -65,7 +65,7 @@ class Interval(NamedTuple):
     times: tuple[Scalar, ...] = ()
 
 
-class AbstractSemilinearTerm(dfx.AbstractTerm[Field, Interval]):
+class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; beartype refuses these for the bounds of diffrax
     r"""`dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW` with scalar coefficients.
 
     A solver sees only `vf`, `contr` and `prod` (diffrax wraps terms, so further methods cannot be reached from a solver);
@@ -115,7 +115,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Field, Interval]):
         return Field(u, a * y + b * u, g)
 
     def contr(self, t0, t1, *, moments: int = 0, clock_at: tuple = (), **kwargs) -> Interval:
-        """The interval `[t0, t1]`, with `moments` moments, the times of the clock values `clock_at`, and `kwargs` to the path."""
+        """`[t0, t1]` with `moments` moments and the times of the clock values `clock_at`; `kwargs` go to the path."""
         dw = jnp.zeros_like(t1 - t0) if self.path is None else self.path.evaluate(t0, t1, **kwargs)
         rate = self.rate()
         return Interval(

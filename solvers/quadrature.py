@@ -1,0 +1,72 @@
+r"""Integrals of polynomials against the kernel of an exponential integrator.
+
+A control that is a polynomial in `theta in [0, 1]` enters a step through the moments `m_j = int kernel theta^j`. For an
+exponential kernel `e^{z (1 - theta)}` these are the phi-functions, `int_0^1 e^{z (1 - theta)} theta^j = j! phi_{j+1}(z)`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""]
+
+_SERIES_TERMS = 18  # |z| <= 1: the first term left out is below 1e-17
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+
+
+def gauss_legendre(lo: Scalar, hi: Scalar) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Nodes and weights on `[lo, hi]`."""
+    half = 0.5 * (hi - lo)
+    return lo + half * (1 + jnp.asarray(_NODES, half.dtype)), half * jnp.asarray(_WEIGHTS, half.dtype)
+
+
+def moment_fractions(z: Scalar, count: int) -> tuple[Scalar, ...]:
+    r"""`I_j(z) / I_0(z)` for `j < count`, with `I_j(z) = int_0^1 e^{z (1 - theta)} theta^j dtheta`, for any z, also infinite.
+
+    `I_j = sum_i z^i j! / (i + j + 1)!` for small z, and `I_j = (j I_{j-1} - 1) / z` (scaled by `e^{-z}` for `z > 0`) else.
+    """
+    small, finite = jnp.abs(z) < 1, jnp.isfinite(z)
+    inner = jnp.where(small, z, 0)
+    outer = jnp.where(small | ~finite, 1, z)
+    series = [_series(inner, j) for j in range(count)]
+    one = jnp.exp(-jnp.maximum(outer, 0))  # the number 1 of the recursion, scaled
+    recursion = [jnp.where(outer > 0, -jnp.expm1(-outer), jnp.expm1(jnp.minimum(outer, 0))) / outer]
+    for j in range(1, count):
+        recursion.append((j * recursion[-1] - one) / outer)
+    limit = jnp.where(z > 0, 0.0, 1.0).astype(z.dtype)
+    fractions = (jnp.where(small, s / series[0], r / recursion[0]) for s, r in zip(series, recursion))
+    return (jnp.ones_like(z), *(jnp.where(finite, f, limit) for f in list(fractions)[1:]))
+
+
+def _series(z: Scalar, j: int) -> Scalar:
+    total = jnp.zeros_like(z)
+    for i in reversed(range(_SERIES_TERMS)):
+        coefficient = 1.0
+        for k in range(j + 1, i + j + 2):
+            coefficient /= k
+        total = total * z + coefficient
+    return total
+
+
+def integrate_interpolant(moments, nodes, values, known=None):
+    r"""`int kernel p(theta)` for the polynomial `p` through `(nodes[i], values[i])`, in Newton's form.
+
+    Args:
+        moments: `m_0, m_1, ...`, at least as many as nodes.
+        nodes: distinct scalars; the first ones are interpolated first.
+        values: arrays of one shape.
+        known: how many of the nodes exist (traced); the others do not enter, whatever their values.
+    """
+    n = len(nodes)
+    known = n if known is None else known
+    nodes = [jnp.where(i < known, node, -100.0 - i).astype(jnp.result_type(node)) for i, node in enumerate(nodes)]
+    column = list(values)  # divided differences of one order
+    basis = [1.0]  # coefficients of (theta - nodes[0]) ... (theta - nodes[k - 1]), constant term first
+    total = moments[0] * values[0]
+    for k in range(1, n):
+        column = [(column[i] - column[i + 1]) / (nodes[i] - nodes[i + k]) for i in range(n - k)]
+        shifted = [0.0, *basis]
+        basis = [shifted[i] - nodes[k - 1] * (basis[i] if i < k else 0.0) for i in range(k + 1)]
+        weight = sum(b * m for b, m in zip(basis, moments))
+        total = total + jnp.where(k < known, weight, 0) * column[0]
+    return total
