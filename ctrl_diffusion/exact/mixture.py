@@ -37,10 +37,6 @@ def _vector(x) -> tuple[float, ...]:
     return tuple(np.asarray(x, np.float64).tolist())
 
 
-def _rows(x) -> tuple[tuple[float, ...], ...]:
-    return tuple(_vector(row) for row in x)
-
-
 class Components(NamedTuple):
     """A mixture of Gaussians that share one isotropic variance, or (leading axis `b`) one mixture per sample."""
 
@@ -91,13 +87,13 @@ class Components(NamedTuple):
 class GaussianMixture(eqx.Module):
     """`sum_i weights_i N(means_i, std^2 I)`; `means` `n` rows of `d` numbers, `weights` uniform if not given."""
 
-    means: tuple[tuple[float, ...], ...] = eqx.field(static=True, converter=_rows)
+    means: tuple[tuple[float, ...], ...] = eqx.field(static=True)
     std: float = eqx.field(static=True)
-    weights: tuple[float, ...] = eqx.field(static=True, converter=_vector)
+    weights: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(self, means, std, weights=None):
-        self.means, self.std = means, float(std)
-        self.weights = np.full(len(means), 1 / len(means)) if weights is None else weights
+        self.means, self.std = tuple(_vector(mean) for mean in means), float(std)
+        self.weights = _vector(np.full(len(means), 1 / len(means)) if weights is None else weights)
 
     def __check_init__(self):
         if len({len(mean) for mean in self.means}) != 1:
