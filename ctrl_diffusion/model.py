@@ -1,0 +1,146 @@
+"""A sampler with its parameters, saved to and loaded from a folder: three lines from file to images."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.flax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from . import predictions, schedules
+from .networks import ResidualMLP, score_control, split
+from .predictions import Prediction, V
+from .process import DiffusionProcess, Params
+from .sampler import Sampler
+from .solvers import sample_keys
+
+FORMAT = 1
+
+
+class DiffusionModel(NamedTuple):
+    """A network with the process, grid and solver it samples with.
+
+    `network` gives the architecture (its own parameters are ignored); `params` are the parameters in use.
+    """
+
+    network: nnx.Module
+    params: Params
+    sampler: Sampler
+    prediction: Prediction = V
+
+    def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n *x"]:
+        """`n` samples; sample `i` depends on `fold_in(key, i)` alone."""
+        return _sample(self.sampler, self.params, sample_keys(key, n))
+
+
+def _sample(sampler: Sampler, params, keys):
+    return jax.jit(sampler.sample)(params, keys)
+
+
+def make_model(
+    network: nnx.Module, process: DiffusionProcess, shape: tuple[int, ...], *, grid=None, solver=None, prediction: Prediction = V
+) -> DiffusionModel:
+    """A model from a network `network(x [b, *x], t [b], cond) -> [b, *x]` that predicts `prediction`."""
+    control, params = score_control(network, process, prediction)
+    return DiffusionModel(network, params, Sampler(process, control, shape, grid=grid, solver=solver), prediction)
+
+
+def _flat(params) -> dict[str, Array]:
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
+
+
+def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
+    """Write `model.json` and `params.safetensors` into `directory`, which is replaced as a whole: never half-written.
+
+    The solver must be the default `ExponentialEuler` or is recorded by name only; see `load`.
+    """
+    process, schedule = model.sampler.process, model.sampler.process.schedule
+    description = {
+        "format": FORMAT,
+        "network": type(model.network).__name__,
+        "network_arguments": getattr(model.network, "arguments", None),
+        "prediction": model.prediction.name,
+        "frozen": process.frozen.name,
+        "schedule": type(schedule).__name__,
+        "schedule_arguments": {f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)},
+        "eta": process.eta,
+        "shape": list(model.sampler.shape),
+        "grid": list(model.sampler.times),
+        "solver": type(model.sampler.solver).__name__,
+    }
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        (temporary / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        safetensors.flax.save_file(_flat(model.params), str(temporary / "params.safetensors"))
+        temporary.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+            os.replace(directory, old / directory.name)
+            os.replace(temporary, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, solver: Any = None, grid=None) -> DiffusionModel:
+    """Read a model that `save` wrote.
+
+    Args:
+        directory: the folder.
+        network: the architecture, needed only if it is not one of this library's networks.
+        solver: any diffrax solver; default: `ExponentialEuler`, and required if the model was saved with another.
+        grid: control times; default: the saved ones.
+    """
+    directory = Path(directory)
+    for name in ("model.json", "params.safetensors"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} holds no {name}: it is not a model folder written by ctrl_diffusion.save.")
+    description = json.loads((directory / "model.json").read_text())
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{directory}/model.json has format {description.get('format')!r}; this version reads format {FORMAT}.")
+    if network is None:
+        if description["network"] != "ResidualMLP" or description["network_arguments"] is None:
+            raise ValueError(f"the model uses the network {description['network']!r}: pass network=... with the same architecture.")
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["network_arguments"].items()}
+        network = ResidualMLP(**arguments, rngs=nnx.Rngs(0))
+    if solver is None and description["solver"] != "ExponentialEuler":
+        raise ValueError(f"the model was saved with the solver {description['solver']}: pass solver=... (that one or another).")
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["schedule_arguments"].items()}
+    schedule = getattr(schedules, description["schedule"])(**arguments)
+    frozen, prediction = (getattr(predictions, description[name].upper()) for name in ("frozen", "prediction"))
+    process = DiffusionProcess(schedule, description["eta"], frozen)
+    grid = np.asarray(description["grid"]) if grid is None else grid
+    model = make_model(network, process, tuple(description["shape"]), grid=grid, solver=solver, prediction=prediction)
+    return model._replace(params=_read(directory / "params.safetensors", split(network)[1]))
+
+
+def _read(path: Path, expected: Params) -> Params:
+    """Parameters from a file whose names, shapes and types must be the expected ones."""
+    try:
+        found = safetensors.flax.load_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    wanted = _flat(expected)
+    for name in sorted(set(wanted) | set(found)):
+        have = found.get(name)
+        if name not in wanted or have is None:
+            raise ValueError(f"{path}: parameter {name!r} is {'missing' if have is None else 'not part of the network'}.")
+        if have.shape != wanted[name].shape or have.dtype != wanted[name].dtype:
+            raise ValueError(
+                f"{path}: parameter {name!r} is {have.dtype}{list(have.shape)}, the network has "
+                f"{wanted[name].dtype}{list(wanted[name].shape)}."
+            )
+    flat = [(p, leaf.replace(jnp.asarray(found["/".join(map(str, p))]))) for p, leaf in nnx.to_flat_state(expected)]
+    return nnx.from_flat_state(flat)
