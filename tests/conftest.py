@@ -6,7 +6,7 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jaxtyping  # noqa: E402
+import jaxtyping
 
 if "ctrl_diffusion" in sys.modules:
     raise RuntimeError("ctrl_diffusion was imported before tests/conftest.py: its annotations would go unchecked.")

@@ -127,7 +127,7 @@ IMPORT_ALL = """
 
     before = settings()
     import ctrl_diffusion
-    modules = [m.name for m in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion.")]
+    modules = [m.name for m in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion.", importlib.import_module)]
     assert "ctrl_diffusion.solvers.term" in modules, modules
     for name in modules:
         importlib.import_module(name)

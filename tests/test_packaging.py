@@ -83,8 +83,10 @@ def test_installed_wheel_next_to_a_users_own_solvers(archives, tmp_path):
         sys.path.insert(1, {str(site)!r})
         import importlib, importlib.metadata, pkgutil
         import ctrl_diffusion
-        for module in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion."):
-            path = importlib.import_module(module.name).__file__
+        modules = [m.name for m in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion.", importlib.import_module)]
+        assert "ctrl_diffusion.solvers.term" in modules, modules
+        for name in modules:
+            path = importlib.import_module(name).__file__
             assert path.startswith({str(site)!r}), path
         assert "solvers" not in sys.modules
         import solvers

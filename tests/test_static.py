@@ -60,6 +60,6 @@ def test_wrong_shapes_are_refused_in_solvers():
 
 
 def test_every_module_is_checked():
-    for module in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion."):
+    for module in pkgutil.walk_packages(ctrl_diffusion.__path__, "ctrl_diffusion.", importlib.import_module):
         loader = importlib.import_module(module.name).__loader__
         assert type(loader).__module__.startswith("jaxtyping"), f"{module.name} was loaded by {loader}"
