@@ -165,7 +165,8 @@ class DiffusionProcess(AbstractControlledSDE):
         Equals `denoise` when `tau_min = 0`, and exactly `x` at `t = t1` always: what makes `V(t1, x) = r(x)` for values
         built on `r(terminal_mean)`.
         """
-        phi, psi, _ = _x0_transition(self.schedule, 1.0, self.tau(t), jnp.asarray(self.schedule.tau_min, x.dtype))
+        end = self.tau(jnp.asarray(self.t1, t.dtype))  # tau_min, rounded as tau(t) is
+        phi, psi, _ = _x0_transition(self.schedule, 1.0, self.tau(t), end)
         return expand(phi, x) * x + expand(psi, x) * self.denoise(t, x, score)
 
     def require_noise(self, use: str, remedy: str) -> None:

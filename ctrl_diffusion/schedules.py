@@ -10,6 +10,7 @@ an SDE away from zero noise, where a change of mean would have infinite KL.
 """
 
 import abc
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -102,10 +103,10 @@ class VPCosine(AbstractVariancePreserving):
     tau_max: float = eqx.field(static=True, default=0.998)
 
     def log_alpha(self, tau: Times) -> Times:
-        def log_cos(tau):
-            return jnp.log(jnp.cos(0.5 * jnp.pi * (tau + self.s) / (1 + self.s)))
-
-        return log_cos(tau) - log_cos(jnp.zeros_like(tau))
+        # cos(a + b) / cos(b) - 1 = -2 sin(a/2 + b) sin(a/2) / cos(b): a difference of cosines loses its digits near the data
+        half = 0.25 * jnp.pi * tau / (1 + self.s)
+        offset = 0.5 * math.pi * self.s / (1 + self.s)
+        return jnp.log1p(-2 * jnp.sin(half + offset) * jnp.sin(half) / math.cos(offset))
 
     def __check_init__(self):
         if self.tau_max >= 1:
