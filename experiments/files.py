@@ -1,8 +1,12 @@
 """Files that are either complete or absent: a reader never meets half of one."""
 
+import io
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -24,3 +28,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays to `path` in numpy's compressed `.npz` format, atomically."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict(arrays))  # pyright: ignore[reportArgumentType]
+    write_atomic(path, buffer.getvalue())
