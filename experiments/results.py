@@ -102,7 +102,7 @@ def quantity(metrics: Mapping[str, Any], name: str, unit: str) -> str:
     if value is None:
         return "not defined"
     if unit == "s" and value >= 100:
-        return f"{int(value // 60)} min {value % 60:.0f} s"
+        return f"{round(value) // 60} min {round(value) % 60} s"
     if unit == "bytes" and name == "peak_rss_bytes":
         return f"{value / 2**20:,.0f} MiB"
     space = " " if " " in unit else SPACE
