@@ -94,7 +94,8 @@ def page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Pan
     ]
     if curves:
         text = (
-            "Progress against the seconds spent fine-tuning, evaluations excluded. Dashed: the optimum. Dotted: the reference."
+            "Progress against the time spent fine-tuning, evaluations excluded; the first iteration includes compilation. "
+            "Dashed: the optimum. Dotted: the reference."
         )
         parts.append(f"<h2>Progress</h2>\n{pictures(curves, f'{text} {escape(HELD_OUT)}')}")
     if classes:
