@@ -95,9 +95,11 @@ def page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Pan
     if curves:
         text = (
             "Progress against the time spent fine-tuning, evaluations excluded; the first iteration includes compilation. "
-            "Dashed: the optimum. Dotted: the reference."
+            "Dashed: the optimum. Dotted: the reference. "
         )
-        parts.append(f"<h2>Progress</h2>\n{pictures(curves, f'{text} {escape(HELD_OUT)}')}")
+        if any(row.get("held_out_reward") is not None for row in run.history):
+            text += HELD_OUT
+        parts.append(f"<h2>Progress</h2>\n{pictures(curves, escape(text))}")
     if classes:
         text = (
             "What a classifier that took no part in the training takes the samples for. Lines: the frequencies at the optimum."

@@ -120,6 +120,9 @@ def test_the_numbers_are_on_the_page_with_errors_and_units(directory, quick):
     for name, value in CONFIG.items():
         assert f"<code>{name}</code></td><td>{value}</td>" in page.source
     assert page.notes == []  # nothing to warn of
+    assert "The held-out judge is" in page.text
+    put(directory, CONFIG, METRICS, [{**row, "held_out_reward": None} for row in history()])
+    assert "The held-out judge is" not in Page(write_report(directory)).text
 
 
 def test_the_page_needs_nothing_else(directory):
