@@ -27,11 +27,11 @@ class AbstractExploration(eqx.Module):
         """Sample paths on `sampler.grid` (the control grid) with the standard normals that the policy is judged by."""
 
     @abc.abstractmethod
-    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def scales(self, sampler: Sampler) -> Float[Array, " n"]:
         """`scale_j`: shift of the recorded noise per unit change of the action in interval `j`."""
 
     @abc.abstractmethod
-    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         """Scales of the KL that `kl_weight` prices, `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
 
 
@@ -42,11 +42,11 @@ class Brownian(AbstractExploration):
         self._check(sampler)
         return sampler.trajectory(params, keys, cond)
 
-    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def scales(self, sampler: Sampler) -> Float[Array, " n"]:
         self._check(sampler)
         return sampler.chain_scales()
 
-    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         return self.scales(sampler)
 
     def _check(self, sampler: Sampler) -> None:
@@ -96,13 +96,13 @@ class ActionNoise(AbstractExploration):
         _, xs = jax.lax.scan(interval, x0, jnp.arange(len(ts) - 1))
         return Trajectory(ts, jnp.concatenate([x0[None], xs]), noise)
 
-    def scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def scales(self, sampler: Sampler) -> Float[Array, " n"]:
         if not isinstance(sampler.process, DiffusionProcess):
             raise TypeError(f"ActionNoise scales with the noising g(t), which {type(sampler.process).__name__} does not have.")
         with jax.ensure_compile_time_eval():
             return jnp.sqrt(jnp.diff(sampler.ts)) * sampler.process.g(sampler.ts[:-1]) / self.strength
 
-    def price_scales(self, sampler: Sampler) -> Float[Array, " K-1"]:
+    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         return sampler.girsanov_scales() if sampler.is_stochastic else self.scales(sampler)
 
 

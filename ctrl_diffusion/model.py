@@ -46,7 +46,13 @@ def _sample(sampler: Sampler, params, keys):
 
 
 def make_model(
-    network: nnx.Module, process: DiffusionProcess, shape: tuple[int, ...], *, grid=None, solver=None, prediction: Prediction = V
+    network: nnx.Module,
+    process: DiffusionProcess,
+    shape: tuple[int, ...],
+    *,
+    grid=None,
+    solver=None,
+    prediction: Prediction = V,
 ) -> DiffusionModel:
     """A model from a network `network(x [b, *x], t [b], cond) -> [b, *x]` that predicts `prediction`."""
     control, params = score_control(network, process, prediction)
@@ -109,10 +115,14 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
             raise FileNotFoundError(f"{directory} holds no {name}: it is not a model folder written by ctrl_diffusion.save.")
     description = json.loads((directory / "model.json").read_text())
     if description.get("format") != FORMAT:
-        raise ValueError(f"{directory}/model.json has format {description.get('format')!r}; this version reads format {FORMAT}.")
+        raise ValueError(
+            f"{directory}/model.json has format {description.get('format')!r}; this version reads format {FORMAT}."
+        )
     if network is None:
         if description["network"] != "ResidualMLP" or description["network_arguments"] is None:
-            raise ValueError(f"the model uses the network {description['network']!r}: pass network=... with the same architecture.")
+            raise ValueError(
+                f"the model uses the network {description['network']!r}: pass network=... with the same architecture."
+            )
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["network_arguments"].items()}
         network = ResidualMLP(**arguments, rngs=nnx.Rngs(0))
     if solver is None and description["solver"] != "ExponentialEuler":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .predictions import V, Prediction
+from .predictions import Prediction, V
 from .process import ControlFn, DiffusionProcess
 
 

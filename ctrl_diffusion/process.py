@@ -226,7 +226,9 @@ def _no_control(params, t, x, cond):
 
 
 def _x0_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transition:
-    r"""x0 frozen, `h = lambda1 - lambda0`: `phi = (sigma1/sigma0) e^{-eta^2 h}`, `psi = alpha1 - phi alpha0`, `std^2 = sigma1^2 (1 - e^{-2 eta^2 h})`.
+    r"""x0 frozen: `phi = (sigma1/sigma0) e^{-eta^2 h}`, `psi = alpha1 - phi alpha0`, `std^2 = sigma1^2 (1 - e^{-2 eta^2 h})`.
+
+    `h = lambda1 - lambda0` is the step in log-SNR.
 
     `x - alpha x0` solves the homogeneous equation, hence `psi`. At `sigma1 = 0` both phi and std vanish: written without
     `lambda1`, which is infinite there, as `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`.
@@ -238,7 +240,10 @@ def _x0_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transi
 
 
 def _epsilon_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transition:
-    r"""epsilon frozen, `n = sigma/alpha`: `phi = alpha1/alpha0`, `psi = -(1 + eta^2) alpha1 (n0 - n1)`, `std^2 = eta^2 alpha1^2 (n0^2 - n1^2)`."""
+    r"""epsilon frozen: `phi = alpha1/alpha0`, `psi = -(1 + eta^2) alpha1 (n0 - n1)`, `std^2 = eta^2 alpha1^2 (n0^2 - n1^2)`.
+
+    `n = sigma / alpha`.
+    """
     alpha0, alpha1 = schedule.alpha(tau0), schedule.alpha(tau1)
     n0, n1 = schedule.sigma(tau0) / alpha0, schedule.sigma(tau1) / alpha1
     return Transition(alpha1 / alpha0, -(1 + eta**2) * alpha1 * (n0 - n1), eta * alpha1 * jnp.sqrt((n0 - n1) * (n0 + n1)))
@@ -248,7 +253,10 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def _quadrature_transition(term: AbstractSemilinearTerm, t0, t1) -> Transition:
-    r"""Any frozen variable: `phi = exp int A`, `psi = int phi(s, t1) B(s) ds`, `std^2 = int phi(s, t1)^2 G(s)^2 ds`, 16-point Gauss-Legendre."""
+    r"""Any frozen variable: `phi = exp int A`, `psi = int phi(s, t1) B(s) ds`, `std^2 = int phi(s, t1)^2 G(s)^2 ds`.
+
+    Integrals by 16-point Gauss-Legendre quadrature.
+    """
     nodes, weights = jnp.asarray(_NODES, t0.dtype), jnp.asarray(_WEIGHTS, t0.dtype)
 
     def integral(fn, lo, hi):

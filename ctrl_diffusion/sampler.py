@@ -98,7 +98,7 @@ class Sampler(eqx.Module):
         x = integrate(term, self.solver, self.grid, x0, (params, cond), every_step=True)
         return Trajectory(self.ts, x, jnp.zeros_like(x[1:]) if noise is None else noise)
 
-    def chain_scales(self) -> Float[Array, " K-1"]:
+    def chain_scales(self) -> Float[Array, " n"]:
         """`psi / std` of every step: the change of a step's mean in units of its noise, per unit of action.
 
         The chain's own path KL is `sum_j |scale_j (a_j - a_ref_j)|^2 / 2`. Raises `TypeError` for solvers without a Gaussian
@@ -116,7 +116,7 @@ class Sampler(eqx.Module):
                 )
         return scales
 
-    def girsanov_scales(self) -> Float[Array, " K-1"]:
+    def girsanov_scales(self) -> Float[Array, " n"]:
         """`(B/G) sqrt(dt)` at the left ends: the same for any solver by Girsanov's formula, to first order in the step."""
         with jax.ensure_compile_time_eval():
             return self.process.control_scale_rate(self.ts[:-1]) * jnp.sqrt(jnp.diff(self.ts))
@@ -126,12 +126,12 @@ class Sampler(eqx.Module):
         return KeyedPath(ts, keys, self.shape, levy_area_for(self.solver))
 
 
-def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "K-1 b *x"]:
+def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "n b *x"]:
     """Actions of `control` at every recorded state but the last, one time at a time (memory of one network call)."""
     return jax.lax.map(lambda tx: control(params, tx[0], tx[1], cond), (trajectory.t[:-1], trajectory.x[:-1]))
 
 
-def step_kl(scales: Float[Array, " K-1"], a, a_ref) -> Float[Array, "K-1 b"]:
+def step_kl(scales: Float[Array, " n"], a, a_ref) -> Float[Array, "n b"]:
     """KL of every step, `|scale_j (a_j - a_ref_j)|^2 / 2`, summed over state dimensions; its sum over steps is the path KL."""
     z = expand(scales, a) * (a - a_ref)
     return 0.5 * jnp.sum(z**2, axis=tuple(range(2, a.ndim)))

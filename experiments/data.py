@@ -25,7 +25,9 @@ def from_array(x) -> Images:
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or len(x) < 2:
-        raise ValueError(f"data has shape {np.shape(x)}: pass at least two images as [n, height, width] or [n, height, width, channels].")
+        raise ValueError(
+            f"data has shape {np.shape(x)}: pass at least two images as [n, height, width] or [n, height, width, channels]."
+        )
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"data has dtype {x.dtype}: pass floats in [-1, 1] (for bytes: x / 127.5 - 1).")
     low, high = float(np.min(x)), float(np.max(x))

@@ -83,6 +83,7 @@ def score_as_action(
     kl_to_go: bool = True,
     normalise: Literal["none", "time", "all"] = "none",
     max_advantage: float = float("inf"),
+    denoise_with_policy: bool = False,
 ) -> Algorithm:
     r"""Score as Action, PPO form.
 
@@ -104,8 +105,12 @@ def score_as_action(
         normalise: standardise advantages over the batch at each time ("time", as published), over all pairs ("all"), or not.
             Standardised advantages change the price relative to the reward: with `kl_weight > 0` only "none" optimises J.
         max_advantage: clamp of the advantages' magnitude, after normalisation (published: 5).
+        denoise_with_policy: `x_hat` of the value from the policy's score instead of the reference's. A posterior mean divides
+            the score by `alpha`: near the noise end a slight change of the policy moves its `x_hat` without bound, and with it
+            the value, whereas the reference's stays what it was.
 
-    Deviations from the paper at the defaults: KL-to-go in the target; no standardisation and no clamp; log-ratios summed.
+    Deviations from the paper at the defaults: KL-to-go in the target; no standardisation and no clamp; log-ratios summed;
+    `x_hat` from the reference.
 
     ??? cite "Reference"
         ```bibtex
@@ -139,7 +144,8 @@ def score_as_action(
     def annotate(params, reference, path: Trajectory):
         """Old and reference actions, KL per interval, and posterior means of the final state."""
         a_old, a_ref = path_actions(control, params, path), path_actions(control, reference, path)
-        x_hat = jax.vmap(process.terminal_mean)(path.t[:-1], path.x[:-1], a_old)
+        a_hat = a_old if denoise_with_policy else a_ref
+        x_hat = jax.vmap(process.terminal_mean)(path.t[:-1], path.x[:-1], a_hat)
         return a_old, a_ref, step_kl(price_scales, a_old, a_ref), x_hat
 
     @jax.jit
@@ -184,7 +190,7 @@ def score_as_action(
         change, opt = optimizer.update(gradient, opt, params)
         value_error, value_gradient = jax.value_and_grad(value_loss)(value_params, rows)
         value_change, value_opt = value_optimizer.update(value_gradient, value_opt, value_params)
-        metrics |= {"policy_loss": loss, "value_loss": value_error, "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"policy_loss": loss, "value_loss": value_error, "gradient_norm": optax.tree.norm(gradient)}
         learned = optax.apply_updates(params, change), optax.apply_updates(value_params, value_change), opt, value_opt
         return learned, metrics
 

@@ -1,0 +1,128 @@
+"""The folder of a run: its settings, its logs, its checkpoints. Everything is appended or replaced as a whole."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from tensorboardX import SummaryWriter
+
+from .files import write_atomic
+
+
+class RunDirectory:
+    """`config.json`, `history.jsonl`, `tensorboard/`, `checkpoints/`, `metrics.json` under one path.
+
+    A directory that holds another run's settings is refused, before anything is written.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self._check_config(config)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
+        self._tensorboard: SummaryWriter | None = None
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        file = self.path / "config.json"
+        if not file.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"--out {self.path} is not empty and holds no run: choose another folder.")
+            return
+        found = json.loads(file.read_text())
+        wanted = json.loads(json.dumps(config))
+        differences = [
+            f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+            for name in sorted(set(found) | set(wanted))
+            if found.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"--out {self.path} holds a run with other settings ({'; '.join(differences)}): choose another folder, or repeat "
+                "its settings to resume it."
+            )
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The metrics of a finished run, else `None`."""
+        file = self.path / "metrics.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        write_atomic(self.path / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+    # -- logs -----------------------------------------------------------------------------------------------------------
+
+    def history(self) -> list[dict[str, Any]]:
+        file = self.path / "history.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def keep_history(self, phase: str, index: str, before: int) -> None:
+        """Drop rows of `phase` from `before` on: they were logged after the checkpoint that is being resumed."""
+        rows = [row for row in self.history() if row["phase"] != phase or row[index] < before]
+        write_atomic(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(self, phase: str, step: int, row: dict[str, Any]) -> None:
+        """Append a row to `history.jsonl` and its numbers to TensorBoard. Non-finite numbers are written as null."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        with (self.path / "history.jsonl").open("a") as file:
+            file.write(json.dumps({"phase": phase, **row}) + "\n")
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        for name, v in row.items():
+            if isinstance(v, int | float):
+                self._tensorboard.add_scalar(f"{phase}/{name}", v, step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def checkpoints(self, phase: str) -> "Checkpoints":
+        return Checkpoints(self.path / "checkpoints" / phase)
+
+
+class Checkpoints:
+    """Asynchronous, atomic checkpoints of one phase; the last two are kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self._manager = ocp.CheckpointManager(path.absolute(), options=options)
+
+    def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
+        """Write in the background what `restore` gives back; `state` is copied before this returns."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        self._manager.save(step, args=args)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """`(step, state, notes)` of the last checkpoint, or `None`; `like` is a state of the same structure."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:
+            others = _listed(s for s in self._manager.all_steps() if s != step)
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                f"Delete that folder to resume from {others}."
+            ) from error
+        return step, restored.state, restored.notes
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _listed(steps: Iterable[int]) -> str:
+    steps = sorted(steps)
+    return f"checkpoint {steps[-1]}" if steps else "the start of this phase"

@@ -1,0 +1,145 @@
+"""The two long loops of an experiment, resumable: pre-training and fine-tuning."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from ctrl_diffusion import DiffusionModel, denoising_loss
+from ctrl_diffusion.algorithms import Algorithm, Info, State
+
+from .rundir import RunDirectory
+
+CHUNK = 500  # optimiser steps per compiled call of pre-training; one log row and one checkpoint each
+
+
+class PretrainState(NamedTuple):
+    params: Any
+    average: Any
+    optimizer: optax.OptState
+
+
+def pretrain(
+    run: RunDirectory, model: DiffusionModel, x: jax.Array, key: jax.Array, *, steps: int, batch: int, learning_rate: float
+) -> tuple[DiffusionModel, float]:
+    """Denoising score matching on the images `x` with Adam, a cosine decay and a running average of the parameters.
+
+    Batch `i` draws from `fold_in(key, i)`. Returns the model with averaged parameters and the seconds it took in all.
+    """
+    graphdef = nnx.graphdef(model.network)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    process, prediction = model.sampler.process, model.prediction
+
+    @jax.jit(donate_argnums=0)
+    def fit(state: PretrainState, x, indices):
+        def body(state: PretrainState, i):
+            key_rows, key_loss = jax.random.split(jax.random.fold_in(key, i))
+            rows = x[jax.random.randint(key_rows, (batch,), 0, len(x))]
+            loss, gradient = jax.value_and_grad(lambda p: denoising_loss(graphdef, p, key_loss, rows, process, prediction))(
+                state.params
+            )
+            change, opt = optimizer.update(gradient, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, change)
+            average = optax.incremental_update(params, state.average, 0.005)
+            return PretrainState(params, average, opt), loss
+
+        state, losses = jax.lax.scan(body, state, indices)
+        return state, jnp.mean(losses)
+
+    params = jax.tree.map(jnp.copy, model.params)
+    state = PretrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    checkpoints, done, seconds = run.checkpoints("pretrain"), 0, 0.0
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        done, state, notes = restored
+        seconds = notes["seconds"]
+    run.keep_history("pretrain", "step", done + 1)
+    with tqdm(total=steps, initial=done, desc="pre-training", unit="step") as bar:
+        while done < steps:
+            begin, n = time.perf_counter(), min(CHUNK, steps - done)
+            state, loss = fit(state, x, jnp.arange(done, done + n))
+            loss = float(loss)
+            if not jnp.isfinite(loss):
+                raise FloatingPointError(f"pre-training loss is {loss} at step {done + n}: lower --pretrain-learning-rate.")
+            done, seconds = done + n, seconds + time.perf_counter() - begin
+            checkpoints.save(done, state, {"seconds": seconds})
+            run.log("pretrain", done, {"step": done, "loss": loss, "wall_seconds": seconds})
+            bar.update(n)
+            bar.set_postfix(loss=f"{loss:.3f}")
+    checkpoints.close()
+    return model._replace(params=state.average), seconds
+
+
+class Progress(NamedTuple):
+    """Where fine-tuning stands: iterations done, seconds spent in them, and why it ended."""
+
+    iterations: int
+    seconds: float
+    stop_reason: str
+
+
+def finetune(
+    run: RunDirectory,
+    algorithm: Algorithm,
+    state: State,
+    key: jax.Array,
+    *,
+    iterations: int,
+    evaluate: Callable[[Any], dict[str, Any]],
+    held_out: Callable[[jax.Array], float] | None,
+    evaluate_every: int,
+    checkpoint_every: int,
+    kl_budget: float | None,
+) -> tuple[State, Progress]:
+    """Iterate `algorithm` from `state`; iteration `i` draws from `fold_in(key, i)`, so a resume repeats
+    the uninterrupted run.
+
+    Stops early once the path KL of an iteration's samples exceeds `kl_budget` nats. `evaluate(params)` adds its numbers to
+    the log every `evaluate_every` iterations, outside the measured time.
+    """
+    checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        done, state, notes = restored
+        seconds, stop = notes["seconds"], notes["stop_reason"]
+    run.keep_history("finetune", "iteration", done)
+    with tqdm(total=iterations, initial=done, desc="fine-tuning", unit="iteration") as bar:
+        while done < iterations and stop == "finished":
+            begin = time.perf_counter()
+            state, info = algorithm.step(jax.random.fold_in(key, done), state)
+            row = _row(info, done)
+            seconds += time.perf_counter() - begin
+            if kl_budget is not None and row["path_kl"] > kl_budget:
+                stop = "kl budget"
+            row |= {"iteration": done, "wall_seconds": seconds}
+            if held_out is not None:
+                row["held_out_reward"] = held_out(info.samples)
+            done += 1
+            last = done == iterations or stop != "finished"
+            if done % evaluate_every == 0 or last:
+                row |= evaluate(state.params)
+            run.log("finetune", done, row)
+            if done % checkpoint_every == 0 or last:
+                checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+            bar.update()
+            bar.set_postfix(reward=f"{row['reward']:.3f}", path_kl=f"{row['path_kl']:.2f}")
+    checkpoints.close()
+    return state, Progress(done, seconds, stop)
+
+
+def _row(info: Info, iteration: int) -> dict[str, Any]:
+    """Metrics as floats; a non-finite loss or gradient ends the run, with the last checkpoint untouched."""
+    row = {name: float(v) for name, v in jax.device_get(info.metrics).items()}
+    bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not jnp.isfinite(row[name])]
+    if bad:
+        raise FloatingPointError(
+            f"{bad[0]} is {row[bad[0]]} in iteration {iteration}: the last checkpoint is kept. "
+            "Lower the learning rates or --clip."
+        )
+    return row
