@@ -3,17 +3,47 @@
 Knows no diffusion model, no reward and no reinforcement learning. Import it as `ctrl_diffusion.solvers`.
 """
 
-from .exponential import ExponentialEuler as ExponentialEuler, gaussian_transition as gaussian_transition
+from .adaptive import Adaptive as Adaptive, brownian_tree as brownian_tree, integrate_adaptive as integrate_adaptive
+from .ddim import DDIM as DDIM
+from .edm import EDMHeun as EDMHeun, ExponentialHeun as ExponentialHeun
+from .er_sde import ERSDE as ERSDE, er_sde_noise_scale as er_sde_noise_scale
+from .exponential import (
+    AbstractSemilinearSolver as AbstractSemilinearSolver,
+    ExponentialEuler as ExponentialEuler,
+    gaussian_transition as gaussian_transition,
+)
 from .fit import terms_for as terms_for
-from .grid import GridSteps as GridSteps, check_grid as check_grid, refine as refine, uniform as uniform
+from .grid import (
+    GridSteps as GridSteps,
+    check_grid as check_grid,
+    clock_uniform as clock_uniform,
+    cosine as cosine,
+    from_timesteps as from_timesteps,
+    karras as karras,
+    leading as leading,
+    linspaced as linspaced,
+    refine as refine,
+    trailing as trailing,
+    uniform as uniform,
+)
 from .integrate import integrate as integrate, solve as solve
 from .inverse import decreasing_inverse as decreasing_inverse
+from .multistep import (
+    DPMSolverPP2M as DPMSolverPP2M,
+    DPMSolverPP3M as DPMSolverPP3M,
+    ExponentialAdamsBashforth as ExponentialAdamsBashforth,
+)
 from .path import (
     KeyedPath as KeyedPath,
     RecordedPath as RecordedPath,
     levy_area_for as levy_area_for,
     sample_keys as sample_keys,
     standard_normal as standard_normal,
+)
+from .singlestep import (
+    DPMSolver2S as DPMSolver2S,
+    DPMSolver3S as DPMSolver3S,
+    ExponentialSRA as ExponentialSRA,
 )
 from .term import (
     AbstractSemilinearTerm as AbstractSemilinearTerm,
@@ -22,3 +52,4 @@ from .term import (
     Interval as Interval,
     Transition as Transition,
 )
+from .unipc import UniPC as UniPC

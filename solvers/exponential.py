@@ -1,15 +1,45 @@
 r"""Exponential Euler: the exact solution of the semilinear SDE with the control frozen over each step."""
 
+import abc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import jax.numpy as jnp
 
-from .term import AbstractSemilinearTerm, Transition
+from .term import AbstractSemilinearTerm, Interval, Transition
 
 
-class ExponentialEuler(dfx.AbstractItoSolver):
+class AbstractSemilinearSolver(dfx.AbstractItoSolver):
+    """A solver of semilinear terms. Noise is additive, so Ito and Stratonovich agree.
+
+    Declares three orders: `order(terms)` for ODEs (no noise), `strong_order(terms)` and `weak_order` for SDEs.
+    """
+
+    term_structure: ClassVar = AbstractSemilinearTerm
+    interpolation_cls: ClassVar[Callable[..., dfx.LocalLinearInterpolation]] = dfx.LocalLinearInterpolation
+
+    @property
+    @abc.abstractmethod
+    def weak_order(self) -> int | None:
+        """Order of expectations of smooth functions of the state, for SDEs; None where the solver integrates none."""
+
+    def strong_order(self, terms) -> int | float | None:
+        return 1
+
+    def init(self, terms, t0, t1, y0, args) -> Any:
+        return None
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def standard_increment(interval: Interval):
+    """The standard normals of an interval (a scalar zero for a term without noise)."""
+    return interval.dw / jnp.sqrt(interval.dt)
+
+
+class ExponentialEuler(AbstractSemilinearSolver):
     r"""`x1 = phi x0 + psi u(t0, x0) + std xi`, with `phi, psi, std` the exact propagator of the term.
 
     Deterministic order 1, weak order 1; exact where `u` is constant along paths. Which scheme of the literature this is
@@ -25,28 +55,20 @@ class ExponentialEuler(dfx.AbstractItoSolver):
         ```
     """
 
-    term_structure: ClassVar = AbstractSemilinearTerm
-    interpolation_cls: ClassVar[Callable[..., dfx.LocalLinearInterpolation]] = dfx.LocalLinearInterpolation
-
-    def order(self, terms):
+    @property
+    def weak_order(self) -> int:
         return 1
 
-    def strong_order(self, terms):
+    def order(self, terms) -> int | None:
         return 1
-
-    def init(self, terms, t0, t1, y0, args):
-        return None
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
         u = terms.vf(t0, y0, args).control
         interval = terms.contr(t0, t1)
         phi, psi, std = interval.transition
-        y1 = phi * y0 + psi * u + std * interval.dw / jnp.sqrt(interval.dt)
+        y1 = phi * y0 + psi * u + std * standard_increment(interval)
         return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
-
-    def func(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
 
     def transition(self, term: AbstractSemilinearTerm, t0, t1) -> Transition:
         """The chain's own step: the propagator of the term."""
@@ -63,10 +85,11 @@ def gaussian_transition(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm
         a, b, g = term.coefficients(t0)
         dt = t1 - t0
         return Transition(1 + a * dt, b * dt, g * jnp.sqrt(dt))
-    if not hasattr(solver, "transition"):
+    transition = getattr(solver, "transition", None)
+    if transition is None:
         raise TypeError(
             f"solver={type(solver).__name__} has no Gaussian transition per step, so the likelihood of its steps is unknown. "
             "Use ExponentialEuler or diffrax.Euler, explore with ActionNoise (valid for any solver), or give your solver a "
             "method transition(term, t0, t1)."
         )
-    return solver.transition(term, t0, t1)
+    return transition(term, t0, t1)

@@ -1,6 +1,6 @@
 """Which solver fits which term: a semilinear term rewritten for any diffrax solver, or an error that says what would fit."""
 
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import diffrax as dfx
 
@@ -36,16 +36,23 @@ def terms_for(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm) -> dfx.A
     if term.path is not None:
         return dfx.MultiTerm(drift, Diffusion(lambda t: term.coefficients(t)[2], term.path))
     if isinstance(solver, dfx.AbstractImplicitSolver) and _wants_two(structure):
-        return dfx.MultiTerm(
-            dfx.ODETerm(lambda t, y, args: term.coefficients(t)[1] * term.vf(t, y, args).control),
-            dfx.ODETerm(lambda t, y, args: term.coefficients(t)[0] * y),
-        )
+        return _split(term)
     if _wants_two(structure):
         raise TypeError(
             f"solver={name} asks for a drift and a diffusion, but the term has no noise (path=None). Use {_ODE}; or give the "
             "term a Brownian path (for a diffusion process: eta > 0)."
         )
     return drift
+
+
+def _split(term: AbstractSemilinearTerm) -> dfx.MultiTerm:
+    def controlled(t: Any, y, args):
+        return term.coefficients(t)[1] * term.vf(t, y, args).control
+
+    def linear(t: Any, y, args):
+        return term.coefficients(t)[0] * y
+
+    return dfx.MultiTerm(dfx.ODETerm(controlled), dfx.ODETerm(linear))
 
 
 def _check_stochastic(solver, term, name: str) -> None:

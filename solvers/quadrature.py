@@ -4,6 +4,8 @@ A control that is a polynomial in `theta in [0, 1]` enters a step through the mo
 exponential kernel `e^{z (1 - theta)}` these are the phi-functions, `int_0^1 e^{z (1 - theta)} theta^j = j! phi_{j+1}(z)`.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -28,7 +30,7 @@ def moment_fractions(z: Scalar, count: int) -> tuple[Scalar, ...]:
     small, finite = jnp.abs(z) < 1, jnp.isfinite(z)
     inner = jnp.where(small, z, 0)
     outer = jnp.where(small | ~finite, 1, z)
-    series = [_series(inner, j) for j in range(count)]
+    series = _series(inner, count)
     one = jnp.exp(-jnp.maximum(outer, 0))  # the number 1 of the recursion, scaled
     recursion = [jnp.where(outer > 0, -jnp.expm1(-outer), jnp.expm1(jnp.minimum(outer, 0))) / outer]
     for j in range(1, count):
@@ -38,14 +40,10 @@ def moment_fractions(z: Scalar, count: int) -> tuple[Scalar, ...]:
     return (jnp.ones_like(z), *(jnp.where(finite, f, limit) for f in list(fractions)[1:]))
 
 
-def _series(z: Scalar, j: int) -> Scalar:
-    total = jnp.zeros_like(z)
-    for i in reversed(range(_SERIES_TERMS)):
-        coefficient = 1.0
-        for k in range(j + 1, i + j + 2):
-            coefficient /= k
-        total = total * z + coefficient
-    return total
+def _series(z: Scalar, count: int) -> Float[Array, " j"]:
+    terms = np.arange(_SERIES_TERMS)
+    coefficients = np.asarray([[math.factorial(j) / math.factorial(i + j + 1) for i in terms] for j in range(count)])
+    return jnp.asarray(coefficients, z.dtype) @ z ** jnp.asarray(terms, z.dtype)
 
 
 def integrate_interpolant(moments, nodes, values, known=None):

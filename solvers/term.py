@@ -50,6 +50,7 @@ class Interval(NamedTuple):
         dt: `t1 - t0`.
         dw: the Brownian increment (a scalar zero where the term has no noise).
         transition: the exact transition for a control frozen over the interval.
+        diffusion: `G` at `t0` and `t1`.
         clock: the clock at `t0` and `t1`; infinite at a time without noise.
         rate: `k` where `Phi(s, t1) B(s) ds` is proportional to `exp(-k (clock(t1) - clock(s))) dclock`, else nan.
         moments: `int Phi(s, t1) B(s) theta(s)^j ds` for `j = 0, 1, ...`, as many as were asked for; the first is `psi`.
@@ -59,6 +60,7 @@ class Interval(NamedTuple):
     dt: Scalar
     dw: Any
     transition: Transition
+    diffusion: tuple[Scalar, Scalar]
     clock: tuple[Scalar, Scalar]
     rate: Scalar
     moments: tuple[Scalar, ...] = ()
@@ -109,12 +111,12 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
         theta = (jax.vmap(self.clock)(s) - c0) / (c1 - c0)
         return tuple(psi * jnp.sum(weights * theta**j) / jnp.sum(weights) for j in range(count))
 
-    def vf(self, t, y, args) -> Field:
+    def vf(self, t: Any, y, args) -> Field:
         a, b, g = self.coefficients(t)
         u = self.control(t, y, args)
         return Field(u, a * y + b * u, g)
 
-    def contr(self, t0, t1, *, moments: int = 0, clock_at: tuple = (), **kwargs) -> Interval:
+    def contr(self, t0: Any, t1: Any, *, moments: int = 0, clock_at: tuple = (), **kwargs) -> Interval:
         """`[t0, t1]` with `moments` moments and the times of the clock values `clock_at`; `kwargs` go to the path."""
         dw = jnp.zeros_like(t1 - t0) if self.path is None else self.path.evaluate(t0, t1, **kwargs)
         rate = self.rate()
@@ -122,6 +124,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
             dt=t1 - t0,
             dw=dw,
             transition=self.propagator(t0, t1),
+            diffusion=(self.coefficients(t0)[2], self.coefficients(t1)[2]),
             clock=(self.clock(t0), self.clock(t1)),
             rate=jnp.full_like(t1 - t0, jnp.nan if rate is None else rate),
             moments=self.moments(t0, t1, moments) if moments else (),
@@ -138,7 +141,7 @@ class Diffusion(dfx.AbstractTerm[Any, Any]):
     coefficient: Callable[[Scalar], Scalar]
     path: dfx.AbstractBrownianPath
 
-    def vf(self, t, y, args) -> Scalar:
+    def vf(self, t: Any, y, args) -> Scalar:
         return self.coefficient(t)
 
     def contr(self, t0, t1, **kwargs):
