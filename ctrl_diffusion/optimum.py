@@ -17,6 +17,9 @@ from jaxtyping import Array, Float
 from .process import AbstractControlledSDE, DiffusionProcess
 
 
+Values = Float[Array | np.ndarray, " n"]
+
+
 class Estimate(NamedTuple):
     """A Monte Carlo mean and its standard error."""
 
@@ -35,13 +38,13 @@ class Optimum(NamedTuple):
     is_bound: bool  # J* is an upper bound: the reference is not memoryless
 
 
-def mean_and_error(values: Float[Array, " n"]) -> Estimate:
+def mean_and_error(values: Values) -> Estimate:
     """Sample mean and `std / sqrt(n)`."""
     values = np.asarray(values, np.float64)
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
-def reweighted_optimum(rewards: Float[Array, " n"], kl_weight: float, *, is_bound: bool = False) -> Optimum:
+def reweighted_optimum(rewards: Values, kl_weight: float, *, is_bound: bool = False) -> Optimum:
     """Estimate the optimum from rewards of reference samples.
 
     The log-mean-exp is the stable form; its standard error is first order (`kl_weight std(w) / (mean(w) sqrt(n))`). Read it with
@@ -81,7 +84,7 @@ class Gap(NamedTuple):
 
 
 def optimality_gap(
-    optimum: Optimum, reference_reward: Estimate, reward: Float[Array, " n"], path_kl: Float[Array, " n"], kl_weight: float
+    optimum: Optimum, reference_reward: Estimate, reward: Values, path_kl: Values, kl_weight: float
 ) -> Gap:
     """The gap of a policy from rewards and path KLs of its own paths; errors are combined to first order."""
     objective = mean_and_error(np.asarray(reward, np.float64) - kl_weight * np.asarray(path_kl, np.float64))

@@ -66,7 +66,7 @@ class KeyedPath(dfx.AbstractBrownianPath):
         """The standard normals of interval `index`, one array `[b, *shape]`."""
         return standard_normal(self.keys, 2 * index, self.shape, self.ts.dtype)
 
-    def tabulate(self) -> Float[Array, "n-1 b *x"]:
+    def tabulate(self) -> Float[Array, "n b *x"]:
         """All standard normals of the grid, `[n - 1, b, *shape]`: what `RecordedPath` replays."""
         return jax.lax.map(self.noise, jnp.arange(len(self.ts) - 1))
 

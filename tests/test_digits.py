@@ -19,7 +19,7 @@ from experiments import digits
 from experiments.rewards import compressed_bytes, holes, ink
 
 TINY = digits.Config(
-    steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=4, batch=16, minibatches=2, epochs=1,
+    steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=4, batch=24, minibatches=2, epochs=1,
     reference_samples=64, evaluation_samples=64, evaluate_every=2, checkpoint_every=1,
 )  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_what_a_run_leaves_behind(finished):
     assert metrics["iterations"] == 4
     assert metrics["stop_reason"] == "finished"
     # paths, old and reference actions: three forward evaluations of every (time, sample) pair; one with gradient
-    assert metrics["network_evaluations"] == 3 * metrics["network_gradient_evaluations"] == 3 * 4 * 16 * 4
+    assert metrics["network_evaluations"] == 3 * metrics["network_gradient_evaluations"] == 3 * 4 * 24 * 4
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if row["phase"] == "pretrain"] == [20]
@@ -122,7 +122,7 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
         reward = make(log_probabilities, digit)
 
         def fn(x):
-            if x.shape[0] == 16:  # the final states of a training batch
+            if x.shape[0] == 24:  # the final states of a training batch
                 calls.append(None)
                 if len(calls) == 3:
                     raise Interrupted("power cut")
@@ -279,7 +279,7 @@ def test_holes_are_counted_as_a_person_would():
     np.testing.assert_array_equal(holes(np.stack([eight, ring, open_ring, at_border, diagonal, blank])), [2, 1, 0, 1, 1, 0])
     images, labels = load_digits(return_X_y=True)
     count = holes((images.reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32))
-    assert count[labels == 0].mean() > 0.8 > 0.3 > count[labels == 1].mean()
+    assert count[labels == 0].mean() > 0.7 > 0.1 > count[labels == 1].mean()
 
 
 def test_compressed_bytes_prefer_simple_images():
