@@ -1,0 +1,266 @@
+"""Every solver has the order that it declares: deterministic, weak and strong, in float64, on exact scores."""
+
+from functools import partial
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from ctrl_diffusion.predictions import EPSILON, SCORE, X0, V
+from ctrl_diffusion.solvers import (
+    DDIM,
+    ERSDE,
+    DPMSolver2S,
+    DPMSolver3S,
+    DPMSolverPP2M,
+    DPMSolverPP3M,
+    EDMHeun,
+    ExponentialAdamsBashforth,
+    ExponentialEuler,
+    ExponentialHeun,
+    ExponentialSRA,
+    UniPC,
+    er_sde_noise_scale,
+    integrate,
+    uniform,
+)
+from tests.solver_problems import (
+    NO_ARGS,
+    FinePath,
+    affine_map,
+    both_scores,
+    endpoint,
+    exact_affine_map,
+    gaussian_flow,
+    gaussian_marginal,
+    gaussian_score,
+    grids,
+    mixture_score,
+    process,
+    slope,
+)
+
+TOLERANCE = 0.2
+MIDDLE = 0.4  # a start at which the data is seen: the control varies, and start-up errors show
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def name(value):
+    if isinstance(value, dfx.AbstractSolver):
+        fields = {k: v for k, v in vars(value).items() if k in ("steps", "curvature", "bootstrap", "half_rule", "fraction")}
+        return type(value).__name__ + "".join(f"-{k}={v:.3g}" if v is not True else f"-{k}" for k, v in fields.items() if v)
+    return getattr(value, "name", None)
+
+
+def ode_reference(x0, t0):
+    """The mixture's flow by an eighth-order method on a fine grid, the Gaussian's in closed form."""
+    half = x0.shape[0] // 2
+    fine = np.asarray(grids([600], t0=t0)[0])
+    term = process().term(mixture_score, None)
+    flow = gaussian_flow(jnp.asarray(fine[0]), jnp.asarray(fine[-1]), x0[half:])
+    return jnp.concatenate([integrate(term, dfx.Dopri8(), fine, x0[:half], NO_ARGS), flow])
+
+
+@pytest.fixture(scope="module")
+def starts():
+    with jax.enable_x64(True):
+        x0 = jr.normal(jr.key(0), (32, 2), jnp.float64)
+        return {t0: (x0, ode_reference(x0, t0)) for t0 in (0.0, MIDDLE)}
+
+
+def ode_slopes(starts, solver, frozen, t0, counts):
+    x0, reference = starts[t0]
+    run = endpoint(process(frozen=frozen).term(both_scores, None), solver)
+    errors = [run(x0, grid, n) - reference for grid, n in zip(grids(counts, t0=t0), counts)]
+    return [slope(counts, [jnp.sqrt(jnp.mean(e[rows] ** 2)) for e in errors]) for rows in (slice(0, 16), slice(16, 32))]
+
+
+ODE = [
+    (ExponentialEuler(), X0),
+    (ExponentialEuler(), SCORE),
+    (DDIM(), X0),
+    (DPMSolverPP2M(), X0),
+    (DPMSolverPP2M(), EPSILON),
+    (DPMSolverPP3M(), X0),
+    (DPMSolverPP3M(), SCORE),
+    (DPMSolverPP3M(curvature=0.5), X0),
+    (ExponentialAdamsBashforth(2), EPSILON),
+    (ExponentialAdamsBashforth(3), V),
+    (ExponentialAdamsBashforth(4), SCORE),
+    (ERSDE(1), X0),
+    (ERSDE(2), X0),
+    (ERSDE(3), X0),
+    (DPMSolver2S(), X0),
+    (DPMSolver2S(), EPSILON),
+    (DPMSolver2S(fraction=0.75), SCORE),
+    (ExponentialSRA(), X0),
+    (DPMSolver3S(), X0),
+    (DPMSolver3S(), EPSILON),
+    (ExponentialHeun(), EPSILON),
+    (EDMHeun(), EPSILON),
+    (UniPC(1), X0),
+    (UniPC(2), X0),
+    (UniPC(2, half_rule=False), EPSILON),
+    (UniPC(3), SCORE),
+]
+
+
+@pytest.mark.parametrize(("solver", "frozen"), ODE, ids=name)
+def test_deterministic_order(starts, solver, frozen):
+    counts = [128, 256, 512] if solver.order(None) < 4 else [64, 128, 256]  # order 4 meets rounding
+    for measured in ode_slopes(starts, solver, frozen, 0.0, counts):
+        assert measured == pytest.approx(solver.order(None), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [DPMSolverPP3M, ERSDE, lambda **kw: ExponentialAdamsBashforth(3, **kw)])
+def test_starting_history_keeps_the_order_from_a_start_that_is_not_pure_noise(starts, make):
+    counts = [128, 256, 512]
+    with_history = ode_slopes(starts, make(bootstrap=True), X0, MIDDLE, counts)
+    without = ode_slopes(starts, make(), X0, MIDDLE, counts)
+    assert min(with_history) > 3 - TOLERANCE
+    assert min(without) < 2.6  # first-order start-up error: two in the limit
+
+
+TIGHT = dfx.VeryChord(rtol=1e-10, atol=1e-10)
+DIFFRAX_ODE = [
+    dfx.Euler(),
+    dfx.Heun(),
+    dfx.Midpoint(),
+    dfx.Ralston(),
+    dfx.Tsit5(),
+    dfx.Dopri5(),
+    dfx.Kvaerno3(root_finder=TIGHT),
+]
+
+
+@pytest.mark.parametrize("solver", DIFFRAX_ODE, ids=name)
+def test_diffrax_deterministic_order(solver):
+    """The same term at diffrax's declared orders (uniform time, away from the stiff end)."""
+    x0 = jr.normal(jr.key(0), (8, 1), jnp.float64)
+    counts = [64, 128, 256]
+    run = endpoint(process().term(gaussian_score, None), solver)
+    errors = []
+    for n in counts:
+        ts = jnp.asarray(uniform(0.2, 0.8, n))
+        errors.append(jnp.linalg.norm(run(x0, ts, n) - gaussian_flow(ts[0], ts[-1], x0)))
+    assert slope(counts, errors) == pytest.approx(solver.order(None), abs=TOLERANCE)
+
+
+def weak_slope(eta, frozen, solver, counts, make_solver=None, perturbed=True):
+    """Order of the mean and variance of the endpoint, propagated exactly: the chain is affine in state and noise.
+
+    A law other than the marginal at the start makes the mean informative; solvers that promise marginals alone get those.
+    """
+    t0, t1 = jnp.asarray(MIDDLE), jnp.asarray(process().t1)
+    mean, variance = gaussian_marginal(t0)
+    if perturbed:
+        mean, variance = mean + 1.0, 0.5 * variance
+
+    def law(chain):
+        return jnp.stack([chain.offset + chain.response * mean, chain.response**2 * variance + chain.variance])
+
+    exact = law(exact_affine_map(eta, t0, t1))
+    longest = max(counts)
+
+    def make_term(path):
+        return process(eta, frozen).term(gaussian_score, path if eta > 0 else None)
+
+    if make_solver is None:
+        runs = [affine_map(make_term, lambda path: solver, longest)] * len(counts)
+    else:
+        runs = [affine_map(make_term, partial(make_solver, steps=n), longest) for n in counts]
+    chains = [run(grid, n) for run, grid, n in zip(runs, grids(counts, t0=MIDDLE), counts)]
+    return slope(counts, [jnp.sum(jnp.abs(law(chain) - exact)) for chain in chains])
+
+
+WEAK = [
+    (ExponentialEuler(), X0, 1.0),
+    (ExponentialEuler(), EPSILON, 1.0),
+    (DDIM(), X0, 1.0),
+    (DDIM(), X0, 0.5),
+    (DPMSolverPP2M(), X0, 1.0),
+    (DPMSolverPP2M(), EPSILON, 0.5),
+    (DPMSolverPP3M(), X0, 1.0),
+    (ExponentialAdamsBashforth(2), X0, 1.0),
+    (ExponentialAdamsBashforth(3), SCORE, 1.0),
+    (ERSDE(1), X0, 1.0),
+    (ERSDE(2), X0, 1.0),
+    (ERSDE(3), X0, 1.0),
+    (DPMSolver2S(), X0, 1.0),
+    (DPMSolver2S(), EPSILON, 1.0),
+    (ExponentialSRA(), X0, 1.0),
+    (ExponentialSRA(), SCORE, 1.0),
+    (ExponentialHeun(), X0, 1.0),
+    (UniPC(1), X0, 1.0),
+    (UniPC(2), X0, 1.0),
+    (UniPC(3), SCORE, 1.0),
+]
+
+
+@pytest.mark.parametrize(("solver", "frozen", "eta"), WEAK, ids=name)
+def test_weak_order(solver, frozen, eta):
+    assert weak_slope(eta, frozen, solver, [128, 256, 512]) == pytest.approx(solver.weak_order, abs=TOLERANCE)
+
+
+def test_weak_order_of_another_noise_scale():
+    solver = ERSDE(2, noise_scale=er_sde_noise_scale)
+    assert weak_slope(1.0, X0, solver, [32, 64, 128], perturbed=False) == pytest.approx(solver.weak_order, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("frozen", [EPSILON, X0], ids=name)
+def test_weak_order_of_churn(frozen):
+    def solver(path, steps):
+        return EDMHeun(s_churn=2.0, steps=steps, path=path)
+
+    measured = weak_slope(0.0, frozen, None, [32, 64, 128], make_solver=solver, perturbed=False)
+    assert measured == pytest.approx(EDMHeun().weak_order, abs=TOLERANCE)
+
+
+STRONG = [
+    (ExponentialEuler(), X0),
+    (DDIM(), X0),
+    (DPMSolverPP2M(), X0),
+    (DPMSolverPP3M(), X0),
+    (ERSDE(3), X0),
+    (DPMSolver2S(), X0),
+    (ExponentialSRA(), X0),
+    (ExponentialSRA(), EPSILON),
+    (ExponentialHeun(), X0),
+    (UniPC(2), X0),
+    (dfx.SEA(), X0),
+    (dfx.SRA1(), X0),
+    (dfx.ShARK(), X0),
+]
+
+
+@pytest.fixture(scope="module")
+def brownian():
+    """One Brownian motion, a batch of starts, and the fine strong solution."""
+    with jax.enable_x64(True):
+        ends, cells, shape = (0.3, 0.8), 2048, (1024, 2)
+
+        def make(t0, t1, n):
+            return uniform(*ends, n)
+
+        x0 = jr.normal(jr.key(1), shape, jnp.float64)
+        path = FinePath(*ends, cells, jr.key(2), shape)
+        run = endpoint(process(1.0).term(mixture_score, path), dfx.SlowRK())
+        return x0, path, make, run(x0, grids([cells], make)[0], cells)
+
+
+@pytest.mark.parametrize(("solver", "frozen"), STRONG, ids=name)
+def test_strong_order(brownian, solver, frozen):
+    """Mean absolute error at a shared Brownian motion. (Its mean square is ruled by the few paths at a watershed of modes.)"""
+    x0, path, make, reference = brownian
+    counts = [64, 128, 256]
+    run = endpoint(process(1.0, frozen).term(mixture_score, path), solver)
+    errors = [jnp.mean(jnp.abs(run(x0, grid, n) - reference)) for grid, n in zip(grids(counts, make), counts)]
+    assert slope(counts, errors) == pytest.approx(solver.strong_order(None), abs=TOLERANCE)
