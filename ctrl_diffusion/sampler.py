@@ -64,7 +64,7 @@ class Sampler(eqx.Module):
     def is_stochastic(self) -> bool:
         """Whether the process has noise anywhere on the grid."""
         with jax.ensure_compile_time_eval():
-            return bool(jnp.any(self.process.coefficients(self.ts[:-1])[2] > 0))
+            return bool(jax.jit(lambda ts: jnp.any(self.process.coefficients(ts)[2] > 0))(self.ts[:-1]))
 
     def start(self, keys: Key[Array, " b"]) -> tuple[State, Key[Array, " b"]]:
         """Initial states and the keys of the driving noise."""
@@ -106,7 +106,7 @@ class Sampler(eqx.Module):
         """
         with jax.ensure_compile_time_eval():
             ts = self.ts
-            step = jax.vmap(lambda t0, t1: self.process.transition(self.solver, t0, t1))(ts[:-1], ts[1:])
+            step = jax.jit(jax.vmap(lambda t0, t1: self.process.transition(self.solver, t0, t1)))(ts[:-1], ts[1:])
             scales = step.psi / step.std
             if not bool(jnp.all(jnp.isfinite(scales))):
                 j = int(jnp.argmin(jnp.isfinite(scales)))
