@@ -119,7 +119,7 @@ class Sampler(eqx.Module):
     def girsanov_scales(self) -> Float[Array, " n"]:
         """`(B/G) sqrt(dt)` at the left ends: the same for any solver by Girsanov's formula, to first order in the step."""
         with jax.ensure_compile_time_eval():
-            return self.process.control_scale_rate(self.ts[:-1]) * jnp.sqrt(jnp.diff(self.ts))
+            return jax.jit(lambda ts: self.process.control_scale_rate(ts[:-1]) * jnp.sqrt(jnp.diff(ts)))(self.ts)
 
     def brownian(self, ts, keys) -> KeyedPath:
         """Keyed Brownian motion on `ts` with the Levy area that the solver asks for."""
