@@ -82,7 +82,7 @@ class ActionNoise(AbstractExploration):
         fine = jnp.asarray(refine(sampler.grid, n), sampler.dtype)
         x0, keys = sampler.start(keys)
         keys = jax.vmap(jax.random.split)(keys)
-        noise = KeyedPath(ts, keys[:, 0], sampler.shape).tabulate()
+        noise = KeyedPath(ts=ts, keys=keys[:, 0], shape=sampler.shape).tabulate()
         path = sampler.brownian(fine, keys[:, 1]) if sampler.is_stochastic else None
         std = 1 / self.scales(sampler)
 

@@ -36,6 +36,14 @@ class DiffusionModel(NamedTuple):
     sampler: Sampler
     prediction: Prediction = V
 
+    @property
+    def process(self) -> DiffusionProcess:
+        """The diffusion process that the network was made for."""
+        process = self.sampler.process
+        if not isinstance(process, DiffusionProcess):
+            raise TypeError(f"a DiffusionModel needs a DiffusionProcess, not {type(process).__name__}.")
+        return process
+
     def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n *x"]:
         """`n` samples; sample `i` depends on `fold_in(key, i)` alone."""
         return _sample(self.sampler, self.params, sample_keys(key, n))
@@ -68,7 +76,7 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
 
     The solver must be the default `ExponentialEuler` or is recorded by name only; see `load`.
     """
-    process, schedule = model.sampler.process, model.sampler.process.schedule
+    process, schedule = model.process, model.process.schedule
     description = {
         "format": FORMAT,
         "network": type(model.network).__name__,
@@ -123,17 +131,21 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
             raise ValueError(
                 f"the model uses the network {description['network']!r}: pass network=... with the same architecture."
             )
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["network_arguments"].items()}
+        arguments: dict[str, Any] = {k: _tuple(v) for k, v in description["network_arguments"].items()}
         network = ResidualMLP(**arguments, rngs=nnx.Rngs(0))
     if solver is None and description["solver"] != "ExponentialEuler":
         raise ValueError(f"the model was saved with the solver {description['solver']}: pass solver=... (that one or another).")
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["schedule_arguments"].items()}
+    arguments = {k: _tuple(v) for k, v in description["schedule_arguments"].items()}
     schedule = getattr(schedules, description["schedule"])(**arguments)
     frozen, prediction = (getattr(predictions, description[name].upper()) for name in ("frozen", "prediction"))
     process = DiffusionProcess(schedule, description["eta"], frozen)
     grid = np.asarray(description["grid"]) if grid is None else grid
     model = make_model(network, process, tuple(description["shape"]), grid=grid, solver=solver, prediction=prediction)
     return model._replace(params=_read(directory / "params.safetensors", split(network)[1]))
+
+
+def _tuple(v: Any) -> Any:
+    return tuple(v) if isinstance(v, list) else v
 
 
 def _read(path: Path, expected: Params) -> Params:

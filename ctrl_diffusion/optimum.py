@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 from .process import AbstractControlledSDE, DiffusionProcess
 
-
 Values = Float[Array | np.ndarray, " n"]
 
 
@@ -83,9 +82,7 @@ class Gap(NamedTuple):
     relative: Estimate  # (J* - J) / (J* - J_ref); 1 at the reference, 0 at the optimum
 
 
-def optimality_gap(
-    optimum: Optimum, reference_reward: Estimate, reward: Values, path_kl: Values, kl_weight: float
-) -> Gap:
+def optimality_gap(optimum: Optimum, reference_reward: Estimate, reward: Values, path_kl: Values, kl_weight: float) -> Gap:
     """The gap of a policy from rewards and path KLs of its own paths; errors are combined to first order."""
     objective = mean_and_error(np.asarray(reward, np.float64) - kl_weight * np.asarray(path_kl, np.float64))
     gap = Estimate(optimum.objective.mean - objective.mean, float(np.hypot(optimum.objective.se, objective.se)))

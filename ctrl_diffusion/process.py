@@ -11,7 +11,7 @@ For a diffusion process with noising coefficients `f, g` at `tau = horizon - t` 
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffrax as dfx
 import equinox as eqx
@@ -32,6 +32,11 @@ from .solvers import (
     uniform,
 )
 
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
 Time = Float[Array, ""] | Float[Array, " b"]
 State = Float[Array, "b *x"]
 Params = Any
@@ -43,8 +48,8 @@ Args = tuple[Params, Cond]
 class AbstractControlledSDE(eqx.Module):
     """`dX = (A X + B a) dt + G dW` on `[t0, t1]`, with a running cost; everything the objective needs to know of it."""
 
-    t0: eqx.AbstractVar[float]
-    t1: eqx.AbstractVar[float]
+    t0: AbstractVar[float]
+    t1: AbstractVar[float]
 
     @abc.abstractmethod
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
@@ -57,6 +62,10 @@ class AbstractControlledSDE(eqx.Module):
     @abc.abstractmethod
     def term(self, control: ControlFn, path: dfx.AbstractBrownianPath | None) -> AbstractSemilinearTerm:
         """The SDE under `control`, to be integrated with `args = (params, cond)`."""
+
+    def terminal_mean(self, t: Time, x: State, action: State) -> State:
+        """A guess of the final state from `X(t) = x`, exactly `x` at `t1`; here `x` itself."""
+        return x
 
     def running_cost(self, t: Time, x: State) -> Float[Array, " b"]:
         """Running cost rate `f(t, x)`; zero for fine-tuning."""
@@ -159,7 +168,7 @@ class DiffusionProcess(AbstractControlledSDE):
         """Tweedie's posterior mean of the data, `(x + sigma^2 a) / alpha`; `t` scalar or `[b]`."""
         return X0.from_score(self.schedule, self.tau(t), x, score)
 
-    def terminal_mean(self, t: Time, x: State, score: State) -> State:
+    def terminal_mean(self, t: Time, x: State, action: State) -> State:
         """Posterior mean of the final state `X(t1)` given `X(t) = x` under the noising law of the score.
 
         Equals `denoise` when `tau_min = 0`, and exactly `x` at `t = t1` always: what makes `V(t1, x) = r(x)` for values
@@ -167,7 +176,7 @@ class DiffusionProcess(AbstractControlledSDE):
         """
         end = self.tau(jnp.asarray(self.t1, t.dtype))  # tau_min, rounded as tau(t) is
         phi, psi, _ = _x0_transition(self.schedule, 1.0, self.tau(t), end)
-        return expand(phi, x) * x + expand(psi, x) * self.denoise(t, x, score)
+        return expand(phi, x) * x + expand(psi, x) * self.denoise(t, x, action)
 
     def require_noise(self, use: str, remedy: str) -> None:
         """Raise if `eta = 0`, where path KL is infinite and steps have no likelihood."""

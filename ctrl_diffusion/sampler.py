@@ -93,7 +93,7 @@ class Sampler(eqx.Module):
             path = self.brownian(self.ts, keys)
             noise = path.tabulate()
             if path.levy_area is dfx.BrownianIncrement:  # replay, rather than draw twice
-                path = RecordedPath(self.ts, noise)
+                path = RecordedPath(ts=self.ts, noise=noise)
         term = self.process.term(self.control, path)
         x = integrate(term, self.solver, self.grid, x0, (params, cond), every_step=True)
         return Trajectory(self.ts, x, jnp.zeros_like(x[1:]) if noise is None else noise)
@@ -123,7 +123,7 @@ class Sampler(eqx.Module):
 
     def brownian(self, ts, keys) -> KeyedPath:
         """Keyed Brownian motion on `ts` with the Levy area that the solver asks for."""
-        return KeyedPath(ts, keys, self.shape, levy_area_for(self.solver))
+        return KeyedPath(ts=ts, keys=keys, shape=self.shape, levy_area=levy_area_for(self.solver))
 
 
 def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "n b *x"]:

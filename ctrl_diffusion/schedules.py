@@ -12,12 +12,18 @@ an SDE away from zero noise, where a change of mean would have infinite KL.
 import abc
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
 
 Times = Float[Array, "..."]
 
@@ -29,9 +35,9 @@ def _derivative(fn: Callable[[Times], Times], tau: Times) -> Times:
 class AbstractSchedule(eqx.Module):
     """Noising `X_tau = alpha(tau) X_data + sigma(tau) eps` for `tau` in `[tau_min, tau_max]`, inside `[0, horizon]`."""
 
-    horizon: eqx.AbstractVar[float]
-    tau_min: eqx.AbstractVar[float]
-    tau_max: eqx.AbstractVar[float]
+    horizon: AbstractVar[float]
+    tau_min: AbstractVar[float]
+    tau_max: AbstractVar[float]
 
     @abc.abstractmethod
     def log_alpha(self, tau: Times) -> Times:

@@ -9,13 +9,18 @@ posterior mean of the final state (`DiffusionProcess.terminal_mean`), which is `
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .process import Time
+
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
 
 Coefficient = Callable[[Time], Time]
 ValueNetwork = Callable[[Any, Time, Float[Array, "b *x"], Any], Float[Array, " b"]]
@@ -54,9 +59,9 @@ def one(s: Time) -> Time:
 class AbstractValue(eqx.Module):
     """`V(params, t, x, x_hat, r_hat, cond) -> [b]`, in reward units; `t` scalar or `[b]`."""
 
-    t0: eqx.AbstractVar[float]
-    t1: eqx.AbstractVar[float]
-    uses_reward: eqx.AbstractVar[bool]
+    t0: AbstractVar[float]
+    t1: AbstractVar[float]
+    uses_reward: AbstractVar[bool]
     """Whether `r_hat = r(x_hat)` is needed before `t1` (it costs one reward evaluation per state)."""
 
     @abc.abstractmethod

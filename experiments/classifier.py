@@ -39,7 +39,6 @@ def train_classifier(
     model = Classifier(x[0].size, width, nnx.Rngs(key_init))
     graphdef, params = nnx.split(model)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3)
-    x, y = jnp.asarray(x), jnp.asarray(y)
 
     def loss(params, key):
         k_rows, k_noise = jax.random.split(key)

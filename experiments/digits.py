@@ -289,7 +289,10 @@ def _classifiers(key: jax.Array, images: datasets.Images) -> tuple[LogProbabilit
         return None, None
     order = np.random.default_rng(0).permutation(len(images.x))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
-    both = [train_classifier(jax.random.fold_in(key, i), images.x[h], images.y[h])[0] for i, h in enumerate(halves)]
+    both = [
+        train_classifier(jax.random.fold_in(key, i), jnp.asarray(images.x[h]), jnp.asarray(images.y[h]))[0]
+        for i, h in enumerate(halves)
+    ]
     return both[0], both[1]
 
 

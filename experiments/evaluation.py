@@ -36,7 +36,7 @@ class Evaluator:
             return sampler.sample(params, keys)
 
         @jax.jit
-        def with_kl(params, reference, keys):
+        def with_kl(params, reference, scales, keys):
             path = sampler.trajectory(params, keys)
             a, a_ref = path_actions(sampler.control, params, path), path_actions(sampler.control, reference, path)
             return path.x[-1], jnp.sum(step_kl(scales, a, a_ref), axis=0)
@@ -51,7 +51,7 @@ class Evaluator:
         """`n` samples of the policy `params`; the first `m` of them do not depend on `n`."""
         if self.scales is None:
             return self._collect(lambda keys: (self._plain(params, keys), None), key, n, label)
-        return self._collect(lambda keys: self._with_kl(params, self.reference, keys), key, n, label)
+        return self._collect(lambda keys: self._with_kl(params, self.reference, self.scales, keys), key, n, label)
 
     def _collect(self, draw: Callable, key: jax.Array, n: int, label: str) -> Samples:
         xs, rewards, kls = [], [], []

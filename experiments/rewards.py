@@ -33,7 +33,8 @@ def holes(x: np.ndarray) -> np.ndarray:
     framed = np.pad(background, ((0, 0), (1, 1), (1, 1)), constant_values=True)  # joins everything that touches the border
     within_image = np.zeros((3, 3, 3), bool)
     within_image[1] = ndimage.generate_binary_structure(2, 1)
-    labels, _ = ndimage.label(framed, structure=within_image)
+    labels = np.empty(framed.shape, np.int32)
+    ndimage.label(framed, structure=within_image, output=labels)
     return np.array([np.unique(image[image > 0]).size - 1 for image in labels], np.float32)
 
 

@@ -116,7 +116,7 @@ class Checkpoints:
                 f"checkpoint {self.path / str(step)} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
                 f"Delete that folder to resume from {others}."
             ) from error
-        return step, restored.state, restored.notes
+        return step, restored["state"], restored["notes"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

@@ -34,7 +34,7 @@ def pretrain(
     graphdef = nnx.graphdef(model.network)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    process, prediction = model.sampler.process, model.prediction
+    process, prediction = model.process, model.prediction
 
     @jax.jit(donate_argnums=0)
     def fit(state: PretrainState, x, indices):

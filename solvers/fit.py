@@ -4,13 +4,14 @@ from typing import Any, get_args, get_origin
 
 import diffrax as dfx
 
+from .path import levy_area_for
 from .term import AbstractSemilinearTerm, Diffusion
 
 _ODE = "ExponentialEuler, DPMSolverPP2M or UniPC from this library, or diffrax.Heun, diffrax.Tsit5, diffrax.Kvaerno3"
 _SDE = "ExponentialEuler, DPMSolverPP2M or ExponentialSRA from this library, or diffrax.Euler, diffrax.Heun, diffrax.SRA1"
 
 
-def terms_for(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm) -> dfx.AbstractTerm:
+def terms_for(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm | dfx.AbstractTerm) -> dfx.AbstractTerm:
     """Rewrite a semilinear term in the structure `solver` declares, or say what would fit.
 
     Solvers that declare `AbstractSemilinearTerm` get the term itself. All others get `ODETerm(drift)` where the term has
@@ -62,8 +63,7 @@ def _check_stochastic(solver, term, name: str) -> None:
             "an ODE term with path=None (for a diffusion process: eta = 0). A solver of your own that handles noise says so by "
             "subclassing diffrax.AbstractItoSolver."
         )
-    wanted = getattr(solver, "minimal_levy_area", dfx.AbstractBrownianIncrement)
-    given = getattr(term.path, "levy_area", None)
+    wanted, given = levy_area_for(solver), getattr(term.path, "levy_area", None)
     if isinstance(given, type) and not issubclass(given, wanted):
         raise TypeError(
             f"solver={name} needs a path with {wanted.__name__}, but path={type(term.path).__name__} gives {given.__name__}. "

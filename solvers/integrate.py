@@ -46,7 +46,10 @@ def solve(
     every_step: bool = False,
     adjoint: dfx.AbstractAdjoint | None = None,
 ) -> Float[Array, "..."]:
-    """`integrate` on a grid that may be traced, and is therefore not checked."""
+    """`integrate` on a grid that may be traced, and is therefore not checked.
+
+    The result is nan where the solver reports failure (an implicit solver whose equations did not converge).
+    """
     solution = dfx.diffeqsolve(
         terms_for(solver, term),
         solver,
@@ -61,5 +64,5 @@ def solve(
         max_steps=len(ts) - 1,
         throw=False,
     )
-    ys = jnp.asarray(solution.ys)
+    ys = jnp.where(solution.result == dfx.RESULTS.successful, jnp.asarray(solution.ys), jnp.nan)
     return ys if every_step else ys[0]

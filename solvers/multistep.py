@@ -7,7 +7,7 @@ ends where the clock is infinite (zero noise), or that follows a jump, uses the 
 """
 
 import abc
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -16,6 +16,11 @@ import jax.numpy as jnp
 from .exponential import AbstractSemilinearSolver, standard_increment
 from .quadrature import integrate_interpolant
 from .term import Interval, Scalar
+
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
 
 
 class History(NamedTuple):
@@ -81,8 +86,8 @@ class Kernel(NamedTuple):
 class AbstractMultistep(AbstractSemilinearSolver):
     """A multistep exponential integrator; subclasses choose the weights of the polynomial and its variable."""
 
-    steps: eqx.AbstractVar[int]
-    bootstrap: eqx.AbstractVar[bool]
+    steps: AbstractVar[int]
+    bootstrap: AbstractVar[bool]
 
     @abc.abstractmethod
     def kernel(self, interval: Interval) -> Kernel:

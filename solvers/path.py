@@ -25,6 +25,8 @@ def standard_normal(keys: Key[Array, " b"], index, shape: tuple[int, ...], dtype
 
 def levy_area_for(solver: dfx.AbstractSolver) -> Any:
     """The Levy area a path must carry for `solver`: `diffrax.SpaceTimeLevyArea` where it asks for one, else none."""
+    while isinstance(solver, dfx.AbstractWrappedSolver):
+        solver = solver.solver
     wanted = getattr(solver, "minimal_levy_area", dfx.AbstractBrownianIncrement)
     return dfx.BrownianIncrement if issubclass(dfx.BrownianIncrement, wanted) else dfx.SpaceTimeLevyArea
 

@@ -9,15 +9,19 @@ state `[b, *x]`. With `u` frozen over a step the equation is linear and has an e
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .quadrature import gauss_legendre, moment_fractions
+
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
 
 Scalar = Float[Array, ""]
 State = Float[Array, "b *x"]
@@ -77,8 +81,8 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
     A subclass gives `coefficients` and `propagator`; `clock`, `time_at` and `rate` have defaults (the clock is time).
     """
 
-    control: eqx.AbstractVar[ControlField]
-    path: eqx.AbstractVar[dfx.AbstractBrownianPath | None]
+    control: AbstractVar[ControlField]
+    path: AbstractVar[dfx.AbstractBrownianPath | None]
 
     @abc.abstractmethod
     def coefficients(self, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
