@@ -100,7 +100,8 @@ class ActionNoise(AbstractExploration):
         if not isinstance(sampler.process, DiffusionProcess):
             raise TypeError(f"ActionNoise scales with the noising g(t), which {type(sampler.process).__name__} does not have.")
         with jax.ensure_compile_time_eval():
-            return jnp.sqrt(jnp.diff(sampler.ts)) * sampler.process.g(sampler.ts[:-1]) / self.strength
+            g = jax.jit(sampler.process.g)(sampler.ts[:-1])
+            return jnp.sqrt(jnp.diff(sampler.ts)) * g / self.strength
 
     def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         return sampler.girsanov_scales() if sampler.is_stochastic else self.scales(sampler)
