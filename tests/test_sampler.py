@@ -82,7 +82,7 @@ def test_trajectory_ends_where_sample_ends(solver, eta):
 def test_a_trajectory_can_be_replayed_from_its_noise():
     (keys, cond), (paths, _, trajectory) = batch(), compiled("heun")
     path = trajectory(1.0, keys, cond)
-    term = paths.process.term(control, RecordedPath(path.t, path.noise))
+    term = paths.process.term(control, RecordedPath(ts=path.t, noise=path.noise))
     replayed = integrate(term, paths.solver, paths.grid, path.x[0], (1.0, cond), every_step=True)
     np.testing.assert_allclose(replayed, path.x, rtol=1e-10, atol=1e-12)
 

@@ -43,7 +43,7 @@ def inside(schedule, count=7):
     return np.linspace(schedule.tau_min, schedule.tau_max, count + 2)[1:-1] + 1e-4
 
 
-@pytest.mark.parametrize("schedule, closed", CLOSED_FORMS, ids=repr)
+@pytest.mark.parametrize("schedule, closed", CLOSED_FORMS, ids=[repr(schedule) for schedule, _ in CLOSED_FORMS])
 def test_alpha_sigma_f_and_g_against_closed_forms(schedule, closed):
     tau = inside(schedule)
     alpha, sigma_squared, f, g_squared = closed(tau)
