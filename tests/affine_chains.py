@@ -56,8 +56,10 @@ class Chain(NamedTuple):
     gradient: float  # see `chains`
 
 
-def chains(problem, solver, cases):
+def chains(problem, solver, cases, start=None):
     r"""The exact final mean and variance, and the path KL, of the chains that `solver` makes for cases `(control, steps)`.
+
+    `start` is the mean and variance of the initial state, the problem's by default.
 
     `gradient` is the likelihood-ratio gradient along a constant shift of the action, with the critic `V*`:
     `E sum_j [scale_j xi_j (V*_{j+1} - V*_j)] - lambda sum_j grad kl_j`, where `E[xi V*(t', x')] = std E grad V*(t', x')`.
@@ -76,7 +78,7 @@ def chains(problem, solver, cases):
             kl = kl + 0.5 * scale**2 * ((d0 + d1 * mean) ** 2 + d1**2 * variance)
             return (new, (phi + psi * gain) ** 2 * variance + std**2, kl, gradient), None
 
-        return jax.lax.scan(step, (*problem.start, 0.0, 0.0), (ts[:-1], ts[1:]))[0]
+        return jax.lax.scan(step, (*(problem.start if start is None else start), 0.0, 0.0), (ts[:-1], ts[1:]))[0]
 
     grids = [problem.process.grid(steps) for _, steps in cases]
     ends = jax.jit(lambda: [run(control, jnp.asarray(grid)) for (control, _), grid in zip(cases, grids)])()

@@ -41,6 +41,31 @@ def test_gap_is_the_kl_from_the_optimum(schedule, eta):
     assert kl_from_optimum == 0
 
 
+@pytest.mark.parametrize("solver", [dfx.Euler(), ExponentialEuler()], ids=lambda solver: type(solver).__name__)
+def test_gap_in_the_accounting_of_the_chain_is_never_negative(solver):
+    """With the chain's own KL and the chain's own optimum, `E lambda log E^ref[exp(r/lambda) | X_0]`, at any number of steps.
+
+    By rates and against the continuous J*, the same actions read as better than optimal (see test_gap.py).
+    """
+    problem = table()
+    controls = problem.reference_action, tilted(problem), problem.optimal_action
+    cases = [(control, steps) for steps in (4, 16, 64) for control in controls]
+    done = chains(problem, solver, cases)
+    from_zero, from_one = (chains(problem, solver, cases, (jnp.asarray(x), jnp.asarray(0.0))) for x in (0.0, 1.0))
+    mean, variance = map(float, problem.start)
+    relative = []
+    for i in range(0, len(cases), len(controls)):
+        # the reference chain's final state given X_0: slope, intercept and variance
+        intercept, spread = from_zero[i].mean, from_zero[i].variance
+        slope, shrink = from_one[i].mean - intercept, 1 + spread / WEIGHT
+        distance = (intercept + slope * mean + 0.5) ** 2 + slope**2 * variance
+        optimal_value = -distance / (2 * shrink) - WEIGHT / 2 * np.log(shrink)
+        gaps = [optimal_value + 0.5 * ((c.mean + 0.5) ** 2 + c.variance) + WEIGHT * c.kl for c in done[i : i + len(controls)]]
+        assert min(gaps) > 0
+        relative.append(gaps[2] / gaps[0])
+    assert relative[2] < 0.3 * relative[1] < 0.1 * relative[0]  # the continuous a* becomes the optimum of the chain
+
+
 # --- 2 and 3: likelihood ratios of paths
 
 
