@@ -2,6 +2,7 @@
 
 from . import (
     algorithms as algorithms,
+    exact as exact,
     predictions as predictions,
     rewards as rewards,
     schedules as schedules,

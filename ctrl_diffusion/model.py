@@ -135,13 +135,22 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
         network = ResidualMLP(**arguments, rngs=nnx.Rngs(0))
     if solver is None and description["solver"] != "ExponentialEuler":
         raise ValueError(f"the model was saved with the solver {description['solver']}: pass solver=... (that one or another).")
-    arguments = {k: _tuple(v) for k, v in description["schedule_arguments"].items()}
-    schedule = getattr(schedules, description["schedule"])(**arguments)
-    frozen, prediction = (getattr(predictions, description[name].upper()) for name in ("frozen", "prediction"))
+    schedule_class = _find(schedules, description["schedule"], "schedule")
+    schedule = schedule_class(**{k: _tuple(v) for k, v in description["schedule_arguments"].items()})
+    frozen, prediction = (_find(predictions, description[name].upper(), name) for name in ("frozen", "prediction"))
     process = DiffusionProcess(schedule, description["eta"], frozen)
     grid = np.asarray(description["grid"]) if grid is None else grid
     model = make_model(network, process, tuple(description["shape"]), grid=grid, solver=solver, prediction=prediction)
     return model._replace(params=_read(directory / "params.safetensors", split(network)[1]))
+
+
+def _find(module: Any, name: str, what: str) -> Any:
+    if not hasattr(module, name):
+        raise ValueError(
+            f"the model uses the {what} {name!r}, which is not one of ctrl_diffusion's: rebuild the model with make_model and put in "
+            "the parameters of params.safetensors."
+        )
+    return getattr(module, name)
 
 
 def _tuple(v: Any) -> Any:

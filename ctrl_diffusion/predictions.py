@@ -10,7 +10,8 @@ Every prediction `u` is tied to the score `a` by `u = P(tau) x + Q(tau) a`. With
     velocity  u = alpha' X_data + sigma' eps          P = f                Q = -g^2 / 2
 
 Primes are derivatives in noising time; v follows Salimans and Ho 2022; the velocity is the drift of the probability-flow
-ODE in noising time. All but the score lose it at zero noise (`Q = 0`), where only `from_score` is defined.
+ODE in noising time. Where `Q = 0` (epsilon, x0 and v at zero noise) the score cannot be recovered, and only `from_score` is
+defined.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ from .training import finetune, pretrain
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a run. Times are control time: 0 is noise, 1 is data. Everything random derives from `seed`."""
+    """Settings of a run. Times are control time: 0 is noise, 1 is data. Training and sampling derive from `seed`."""
 
     out: Path = Path("runs/digits")
     """Folder for models, logs, figures and the report."""

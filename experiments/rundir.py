@@ -28,6 +28,8 @@ class RunDirectory:
 
     def _check_config(self, config: dict[str, Any]) -> None:
         file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path} is a file: choose a folder.")
         if not file.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"--out {self.path} is not empty and holds no run: choose another folder.")

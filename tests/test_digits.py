@@ -108,6 +108,12 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_file_as_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        digits.run(settings(tmp_path / "file"))
+
+
 class Interrupted(Exception):
     pass
 
