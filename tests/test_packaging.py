@@ -1,6 +1,7 @@
 """What is built and installed: the wheel, the sdist, the wheel from the sdist, and the pinned versions."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_sdist_holds_real_files_and_no_other_folder(archives):
     names = {member.name.removeprefix(f"{NAME}/") for member in members if member.isreg()}
     assert {name.split("/")[0] for name in names if "/" in name} == {"ctrl_diffusion"}
     assert {name for name in names if name.endswith(".py")} == set(PACKAGE)
-    assert {"LICENSE", "CITATION.cff", "constraints.txt", "pyproject.toml", "PKG-INFO"} <= names
+    assert {"LICENSE", "README.md", "CITATION.cff", "constraints.txt", "pyproject.toml", "PKG-INFO"} <= names
 
 
 def test_installed_wheel_next_to_a_users_own_solvers(archives, tmp_path):
@@ -94,6 +95,14 @@ def test_installed_wheel_next_to_a_users_own_solvers(archives, tmp_path):
         print(importlib.metadata.version("ctrl-diffusion"))
     """
     assert run("-c", textwrap.dedent(code), cwd=user).strip() == PROJECT["version"]
+
+
+def test_ci_runs_the_command_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    command = script.read_text(encoding="utf-8").splitlines()[-1]
+    assert command.endswith(".venv/bin/python -m pytest -n 2")
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert os.access(script, os.X_OK)
 
 
 def pins() -> dict[str, Requirement]:
