@@ -4,7 +4,7 @@ from typing import Any, get_args, get_origin
 
 import diffrax as dfx
 
-from .path import levy_area_for
+from .path import minimal_levy_area
 from .term import AbstractSemilinearTerm, Diffusion
 
 _ODE = "ExponentialEuler, DPMSolverPP2M or UniPC from this library, or diffrax.Heun, diffrax.Tsit5, diffrax.Kvaerno3"
@@ -63,7 +63,7 @@ def _check_stochastic(solver, term, name: str) -> None:
             "an ODE term with path=None (for a diffusion process: eta = 0). A solver of your own that handles noise says so by "
             "subclassing diffrax.AbstractItoSolver."
         )
-    wanted, given = levy_area_for(solver), getattr(term.path, "levy_area", None)
+    wanted, given = minimal_levy_area(solver), getattr(term.path, "levy_area", None)
     if isinstance(given, type) and not issubclass(given, wanted):
         raise TypeError(
             f"solver={name} needs a path with {wanted.__name__}, but path={type(term.path).__name__} gives {given.__name__}. "

@@ -23,12 +23,16 @@ def standard_normal(keys: Key[Array, " b"], index, shape: tuple[int, ...], dtype
     return jax.vmap(lambda k: jr.normal(jr.fold_in(k, index), shape, dtype))(keys)
 
 
-def levy_area_for(solver: dfx.AbstractSolver) -> Any:
-    """The Levy area a path must carry for `solver`: `diffrax.SpaceTimeLevyArea` where it asks for one, else none."""
+def minimal_levy_area(solver: dfx.AbstractSolver) -> Any:
+    """The abstract class of increments that `solver` (or what it wraps) asks for."""
     while isinstance(solver, dfx.AbstractWrappedSolver):
         solver = solver.solver
-    wanted = getattr(solver, "minimal_levy_area", dfx.AbstractBrownianIncrement)
-    return dfx.BrownianIncrement if issubclass(dfx.BrownianIncrement, wanted) else dfx.SpaceTimeLevyArea
+    return getattr(solver, "minimal_levy_area", dfx.AbstractBrownianIncrement)
+
+
+def levy_area_for(solver: dfx.AbstractSolver) -> Any:
+    """The Levy area a path must carry for `solver`: `diffrax.SpaceTimeLevyArea` where it asks for one, else none."""
+    return dfx.BrownianIncrement if issubclass(dfx.BrownianIncrement, minimal_levy_area(solver)) else dfx.SpaceTimeLevyArea
 
 
 def _interval(ts, t0, t1):

@@ -12,7 +12,7 @@ from ctrl_diffusion.exact.mixture import Components
 from ctrl_diffusion.predictions import X0
 from ctrl_diffusion.process import DiffusionProcess
 from ctrl_diffusion.schedules import VPLinear
-from ctrl_diffusion.solvers import clock_uniform, terms_for
+from ctrl_diffusion.solvers import KeyedPath, clock_uniform, levy_area_for, sample_keys, terms_for
 
 SCHEDULE = VPLinear(tau_min=0.02)
 MEAN, STD = 1.2, 0.4  # Gaussian data
@@ -89,6 +89,25 @@ def endpoint(term, solver):
 def slope(counts, errors) -> float:
     """Order of convergence: least squares of log error on log step."""
     return float(-np.polyfit(np.log(counts), np.log(np.asarray(errors, float)), 1)[0])
+
+
+# A small noisy problem, for everything but accuracy.
+STEPS = 8
+GRID = np.asarray(process().grid(STEPS))
+KEYS = sample_keys(jax.random.key(0), 5)
+
+
+def label(value):
+    return type(value).__name__ if isinstance(value, dfx.AbstractSolver) else None
+
+
+def noisy_term(solver, control=mixture_score, eta=1.0, frozen=X0):
+    path = KeyedPath(jnp.asarray(GRID, float), KEYS, (2,), levy_area_for(solver))
+    return process(eta, frozen).term(control, path)
+
+
+def start():
+    return process().initial(sample_keys(jax.random.key(9), 5), (2,), float)
 
 
 class BasisPath(dfx.AbstractBrownianPath):

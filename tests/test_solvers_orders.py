@@ -120,13 +120,16 @@ def test_deterministic_order(starts, solver, frozen):
         assert measured == pytest.approx(solver.order(None), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("make", [DPMSolverPP3M, ERSDE, lambda **kw: ExponentialAdamsBashforth(3, **kw)])
+MULTISTEP = [DPMSolverPP3M, ERSDE, partial(ExponentialAdamsBashforth, 4)]
+
+
+@pytest.mark.parametrize("make", MULTISTEP, ids=["DPMSolverPP3M", "ERSDE", "ExponentialAdamsBashforth-4"])
 def test_starting_history_keeps_the_order_from_a_start_that_is_not_pure_noise(starts, make):
-    counts = [128, 256, 512]
+    order = make().order(None)
+    counts = [128, 256, 512] if order < 4 else [64, 128, 256]
     with_history = ode_slopes(starts, make(bootstrap=True), X0, MIDDLE, counts)
-    without = ode_slopes(starts, make(), X0, MIDDLE, counts)
-    assert min(with_history) > 3 - TOLERANCE
-    assert min(without) < 2.6  # first-order start-up error: two in the limit
+    assert min(with_history) > order - TOLERANCE
+    assert min(ode_slopes(starts, make(), X0, MIDDLE, counts)) < 2.6  # first-order start-up error: two in the limit
 
 
 TIGHT = dfx.VeryChord(rtol=1e-10, atol=1e-10)
@@ -183,7 +186,6 @@ def weak_slope(eta, frozen, solver, counts, make_solver=None, perturbed=True):
 
 WEAK = [
     (ExponentialEuler(), X0, 1.0),
-    (ExponentialEuler(), EPSILON, 1.0),
     (DDIM(), X0, 1.0),
     (DDIM(), X0, 0.5),
     (DPMSolverPP2M(), X0, 1.0),
@@ -197,7 +199,6 @@ WEAK = [
     (DPMSolver2S(), X0, 1.0),
     (DPMSolver2S(), EPSILON, 1.0),
     (ExponentialSRA(), X0, 1.0),
-    (ExponentialSRA(), SCORE, 1.0),
     (ExponentialHeun(), X0, 1.0),
     (UniPC(1), X0, 1.0),
     (UniPC(2), X0, 1.0),
