@@ -35,7 +35,7 @@ class Config:
     """Folder for `metrics.json` (default: print only)."""
     batch: int = 512
     """Paths per rollout."""
-    steps: int = 32
+    steps: int = 24
     """Control intervals."""
     width: int = 256
     """Features of the network."""

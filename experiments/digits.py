@@ -54,7 +54,7 @@ class Config:
     bytes 1.5)."""
     eta: float = 1.0
     """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action)."""
-    steps: int = 32
+    steps: int = 24
     """Control intervals between noise and data."""
     exploration: Literal["brownian", "action"] = "brownian"
     """Explore by the SDE's own noise, or by action noise held over each control interval."""
@@ -72,7 +72,7 @@ class Config:
     """Features of the residual network."""
     depth: int = 3
     """Residual blocks of the network."""
-    iterations: int = 60
+    iterations: int = 70
     """Fine-tuning iterations: sample, evaluate, update."""
     batch: int = 512
     """Paths per iteration."""
@@ -80,9 +80,9 @@ class Config:
     """Passes over the paths of an iteration."""
     minibatches: int = 8
     """Updates per pass; must divide batch * steps."""
-    learning_rate: float = 3e-4
-    """Initial Adam learning rate of the policy (cosine decay to a tenth)."""
-    value_learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
+    """Peak Adam learning rate of the policy (warm-up over the first iteration, cosine decay to a tenth)."""
+    value_learning_rate: float = 2e-3
     """Adam learning rate of the value network."""
     clip: float = 0.2
     """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped)."""
@@ -176,12 +176,13 @@ def run(
     print(f"[3/4] fine-tuning for {chosen.name!r} at {kl_weight:g} per nat of path KL")
     value_net = cd.ResidualMLP(shape, (), width=config.width // 2, depth=2, rngs=nnx.Rngs(config.seed + 1))
     value_fn, value_params = cd.value_network(value_net)
-    updates = config.iterations * config.epochs * config.minibatches
+    updates = config.epochs * config.minibatches
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, updates, max(2, config.iterations) * updates, 0.1 * config.learning_rate
+    )
     algorithm = cd.score_as_action(
         model.sampler, chosen, cd.StructuredValue(value_fn, process.t0, process.t1), kl_weight=kl_weight, batch=config.batch,
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(1, updates), 0.1))
-        ),
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         value_optimizer=optax.adam(config.value_learning_rate), exploration=exploration, epochs=config.epochs,
         minibatches=config.minibatches, clip=config.clip, horizon=config.horizon,
     )  # fmt: skip
