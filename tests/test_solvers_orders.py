@@ -27,6 +27,7 @@ from ctrl_diffusion.solvers import (
     integrate,
     uniform,
 )
+from ctrl_diffusion.solvers.multistep import bootstrap
 from tests.solver_problems import (
     NO_ARGS,
     FinePath,
@@ -130,6 +131,19 @@ def test_starting_history_keeps_the_order_from_a_start_that_is_not_pure_noise(st
     with_history = ode_slopes(starts, make(bootstrap=True), X0, MIDDLE, counts)
     assert min(with_history) > order - TOLERANCE
     assert min(ode_slopes(starts, make(), X0, MIDDLE, counts)) < 2.6  # first-order start-up error: two in the limit
+
+
+def test_starting_history_is_the_control_before_the_start_to_third_order():
+    x0 = jr.normal(jr.key(0), (8, 1), jnp.float64)
+    term, start = process().term(gaussian_score, None), jnp.asarray(MIDDLE)
+    c0, errors, steps = term.clock(start), [], [0.1, 0.05, 0.025]
+    for h in steps:
+        history = bootstrap(2, term, start, term.time_at(c0 + h), x0, NO_ARGS)
+        earlier = [term.time_at(c0 - 0.5 * h), term.time_at(c0 - h)]
+        np.testing.assert_allclose(history.clocks, [c0 - 0.5 * h, c0 - h], rtol=1e-10)
+        exact = [term.vf(t, gaussian_flow(start, t, x0), NO_ARGS).control for t in earlier]
+        errors.append(max(jnp.max(jnp.abs(u - v)) for u, v in zip(history.values, exact)))
+    assert -slope(steps, errors) == pytest.approx(3, abs=TOLERANCE)
 
 
 TIGHT = dfx.VeryChord(rtol=1e-10, atol=1e-10)
