@@ -72,7 +72,7 @@ class Config:
     """Features of the residual network."""
     depth: int = 3
     """Residual blocks of the network."""
-    iterations: int = 70
+    iterations: int = 90
     """Fine-tuning iterations: sample, evaluate, update."""
     batch: int = 512
     """Paths per iteration."""
