@@ -9,7 +9,7 @@ regress the value on the return to go at all times; ascend
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def score_as_action(
     clip: float = float("inf"),
     horizon: float = 0.0,
     kl_to_go: bool = True,
-    normalise: Literal["none", "time", "all"] = "none",
+    normalise: str = "none",
     max_advantage: float = float("inf"),
     denoise_with_policy: bool = False,
 ) -> Algorithm:
