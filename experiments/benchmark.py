@@ -110,7 +110,7 @@ def run(config: Config) -> dict[str, float]:
         "rollout_seconds": statistics.median(ours_seconds),
         "scan_seconds": statistics.median(scan_seconds),
         "max_difference_of_samples": difference,
-        "same_noise": bool(jnp.all(path.noise == noise)),
+        "max_difference_of_noise": float(jnp.max(jnp.abs(path.noise - noise))),
         "batch": config.batch,
         "steps": config.steps,
     }
