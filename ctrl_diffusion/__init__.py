@@ -8,7 +8,7 @@ from . import (
     schedules as schedules,
     solvers as solvers,
 )
-from .algorithms import Algorithm as Algorithm, score_as_action as score_as_action
+from .algorithms import Algorithm as Algorithm, ddpo as ddpo, dpok as dpok, score_as_action as score_as_action
 from .diversity import vendi_score as vendi_score
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
 from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save

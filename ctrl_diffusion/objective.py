@@ -44,6 +44,11 @@ def clipped_surrogate(log_ratio: Float[Array, " n"], advantage: Float[Array, " n
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 
+def centre(advantage: Float[Array, "n b"]) -> Float[Array, "n b"]:
+    """Subtract the mean over the batch at every time: the batch's own baseline."""
+    return advantage - jnp.mean(advantage, axis=1, keepdims=True)
+
+
 def standardise(advantage: Float[Array, "n b"], axis: int | None) -> Float[Array, "n b"]:
     """Centre and scale to unit standard deviation over the batch of every time (`axis=1`) or over everything (`None`)."""
     centred = advantage - jnp.mean(advantage, axis=axis, keepdims=True)

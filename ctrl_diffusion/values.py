@@ -115,3 +115,14 @@ class PlainValue(AbstractValue):
 
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         return jnp.where(self.remaining(t) <= 0, r_hat, self.network(params, t, x, cond))
+
+
+class NoValue(AbstractValue):
+    """Zero before `t1` and the reward at `t1`: no critic, so that advantages of infinite horizon are Monte Carlo returns."""
+
+    t0: float = eqx.field(static=True)
+    t1: float = eqx.field(static=True)
+    uses_reward: bool = eqx.field(static=True, default=False, init=False)
+
+    def __call__(self, params, t, x, x_hat, r_hat, cond=None):
+        return jnp.where(self.remaining(t) <= 0, r_hat, jnp.zeros_like(r_hat))

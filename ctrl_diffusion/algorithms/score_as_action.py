@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from ..exploration import AbstractExploration, Brownian, shift
-from ..objective import advantages, clipped_surrogate, returns_to_go, standardise, value_increments
+from ..objective import advantages, centre, clipped_surrogate, returns_to_go, standardise, value_increments
 from ..process import Params
 from ..rewards import Reward, as_reward, evaluate
 from ..sampler import Sampler, Trajectory, log_ratio, path_actions, step_kl
@@ -44,9 +44,12 @@ class Info(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """`state = init(params, value_params)`; `state, info = step(key, state)`. `step` consumes its state (buffers are donated)."""
+    """`state = init(params, value_params)` (`init(params)` without a learned value); `state, info = step(key, state)`.
 
-    init: Callable[[Params, Params], State]
+    `step` consumes its state (buffers are donated).
+    """
+
+    init: Callable[..., State]
     step: Callable[[Key[Array, ""], State], tuple[State, Info]]
 
 
@@ -102,8 +105,9 @@ def score_as_action(
         horizon: decay time of the advantages, in units of control time (`objective.advantages`).
         kl_to_go: include the KL still to be paid in the value's target. Without it (as published) the fixed point is not the
             maximiser of J when `kl_weight > 0`.
-        normalise: standardise advantages over the batch at each time ("time", as published), over all pairs ("all"), or not.
-            Standardised advantages change the price relative to the reward: with `kl_weight > 0` only "none" optimises J.
+        normalise: standardise advantages over the batch at each time ("time", as published), over all pairs ("all"), subtract
+            their mean over the batch at each time ("centre"), or neither ("none").
+            Standardised advantages change the price relative to the reward: with `kl_weight > 0` only "none" and "centre" optimise J.
         max_advantage: clamp of the advantages' magnitude, after normalisation (published: 5).
         denoise_with_policy: `x_hat` of the value from the policy's score instead of the reference's. A posterior mean divides
             the score by `alpha`: near the noise end a slight change of the policy moves its `x_hat` without bound, and with it
@@ -126,13 +130,13 @@ def score_as_action(
     _check(kl_weight=kl_weight, clip=clip, horizon=horizon, max_advantage=max_advantage, batch=batch, epochs=epochs)
     if minibatches < 1 or n % minibatches:
         raise ValueError(f"minibatches={minibatches} must divide batch * intervals = {batch} * {intervals} = {n}.")
-    if normalise not in ("none", "time", "all"):
-        raise ValueError(f'normalise={normalise!r} must be "none", "time" or "all".')
+    if normalise not in ("none", "centre", "time", "all"):
+        raise ValueError(f'normalise={normalise!r} must be "none", "centre", "time" or "all".')
     process, control = sampler.process, sampler.control
     scales, price_scales = explore.scales(sampler), explore.price_scales(sampler)
     dt = jnp.diff(sampler.ts)
 
-    def init(params: Params, value_params: Params) -> State:
+    def init(params: Params, value_params: Params = ()) -> State:
         params, reference, value_params = (jax.tree.map(jnp.copy, p) for p in (params, params, value_params))
         return State(params, reference, value_params, optimizer.init(params), value_optimizer.init(value_params))
 
@@ -155,7 +159,9 @@ def score_as_action(
         values = jnp.concatenate([values, r[None]])
         target = returns_to_go(r, kl, kl_weight if kl_to_go else 0.0)
         advantage = advantages(value_increments(values, kl, kl_weight if kl_to_go else 0.0), dt, horizon)
-        if normalise != "none":
+        if normalise == "centre":
+            advantage = centre(advantage)
+        elif normalise != "none":
             advantage = standardise(advantage, 1 if normalise == "time" else None)
         advantage = jnp.clip(advantage, -max_advantage, max_advantage)
         rows = (path.t[:-1], scales, price_scales)
