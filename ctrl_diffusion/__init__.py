@@ -2,6 +2,7 @@
 
 from . import (
     algorithms as algorithms,
+    conversions as conversions,
     critics as critics,
     estimators as estimators,
     exact as exact,
@@ -30,6 +31,7 @@ from .algorithms import (
     vard as vard,
     vidd as vidd,
 )
+from .citations import citation as citation
 from .critics import Critic as Critic
 from .diversity import vendi_score as vendi_score
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian

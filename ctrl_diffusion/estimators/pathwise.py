@@ -122,7 +122,10 @@ class Pathwise(AbstractEstimator):
             cost = objective.sampler.process.running_cost(ts[j], x) * (ts[j + 1] - ts[j])
             a_ref = objective.control(models.reference, j, x) if objective.kl_weight > 0 else None
             x_next, gain = self._step(objective, params, j, x, noise, a_ref)
-            return (jnp.where(expand(inside, x), x_next, x), gained + jnp.where(inside, gain - weight * cost, 0)), None
+            return (
+                jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
+                gained + jnp.where(inside, gain - weight * cost, 0),
+            ), None
 
         later = (1 + jnp.arange(self.steps - 1), jnp.moveaxis(rows.signal, 1, 0))
         x, gained = _scan(body, (x, gained), later, self.small_memory)
