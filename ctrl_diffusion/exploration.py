@@ -22,6 +22,11 @@ from .solvers import KeyedPath, refine, solve
 class AbstractExploration(eqx.Module):
     """How the policy is randomised while data is collected."""
 
+    @property
+    def substeps_per_interval(self) -> int:
+        """Solver steps per control interval."""
+        return 1
+
     @abc.abstractmethod
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         """Sample paths on `sampler.grid` (the control grid) with the standard normals that the policy is judged by."""
@@ -76,6 +81,10 @@ class ActionNoise(AbstractExploration):
             raise ValueError(f"strength={self.strength} must be positive: it is the exploration noise in units of 1/g.")
         if self.substeps < 1:
             raise ValueError(f"substeps={self.substeps} must be at least 1.")
+
+    @property
+    def substeps_per_interval(self) -> int:
+        return self.substeps
 
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         ts, n = sampler.ts, self.substeps

@@ -36,6 +36,10 @@ class AbstractTrustRegion(eqx.Module):
         """One update on all rows of an iteration."""
         return params, {}
 
+    def loss_evaluations(self, rows: int, epochs: int) -> int:
+        """Rows on which the loss and its gradient are evaluated in an iteration of `epochs` passes, or the like."""
+        return rows * epochs
+
 
 class FirstOrder(AbstractTrustRegion):
     """An optax optimiser on minibatches; a clip, a mask or a proximal price of the estimator bounds the step."""
@@ -90,6 +94,14 @@ class NaturalGradient(AbstractTrustRegion):
     def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows):
         value, metrics = loss(params, rows)
         return params, state, metrics | {"policy_loss": value}
+
+    def loss_evaluations(self, rows: int, epochs: int) -> int:
+        """The gradient, a jvp and a vjp per conjugate-gradient iteration, and the line search's first attempt (three forwards).
+
+        The forward passes of the value's epochs (a loss without gradient) and further attempts count as well: at most `backtracks`.
+        """
+        fisher = rows if self.fisher_rows is None else min(rows, self.fisher_rows)
+        return rows * (2 + epochs) + 2 * (self.iterations + 1) * fisher
 
     def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
         (before, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from ..critics import Critic
-from ..estimators import AbstractEstimator, Models
+from ..estimators import AbstractEstimator, Calls, Models
 from ..objective import Objective, Rollout, Rows, to_go
 from ..process import Params
 from ..rewards import evaluate
@@ -42,14 +42,6 @@ class Info(NamedTuple):
     rewards: Float[Array, " b"]
 
 
-class Evaluations(NamedTuple):
-    """What one iteration of training costs, in samples: network calls, calls with gradient, and rewards."""
-
-    network: int
-    network_gradient: int
-    reward: int
-
-
 class Training(NamedTuple):
     """How much data an iteration has and how it is used; global numbers.
 
@@ -76,6 +68,8 @@ class Algorithm(NamedTuple):
 
     init: Callable[..., State]
     step: Callable[[Key[Array, ""], State], tuple[State, Info]]
+    calls: Calls
+    """What one iteration evaluates, in samples (a value network not counted)."""
 
 
 def compose(
@@ -224,4 +218,23 @@ def compose(
             metrics["first_log_ratio"] = history[0]["max_log_ratio"]
         return State(params, state.reference, value_params, opt, value_opt, memory), Info(metrics, path.x[-1], r)
 
-    return Algorithm(init, step)
+    return Algorithm(init, step, _calls(objective, estimator, critic, trust_region, training, rows_in_all))
+
+
+def _calls(
+    objective: Objective,
+    estimator: AbstractEstimator,
+    critic: Critic,
+    trust_region: AbstractTrustRegion,
+    training: Training,
+    rows: int,
+) -> Calls:
+    """Paths with old and reference actions, the signal, and the losses."""
+    states = objective.intervals * training.batch
+    signal, loss = estimator.signal_calls(critic), estimator.loss_calls(objective, critic)
+    evaluated = trust_region.loss_evaluations(rows, training.epochs)
+    return Calls(
+        (objective.exploration.substeps_per_interval + 2) * states + signal.network * states + loss.network * evaluated,
+        signal.gradient * states + loss.gradient * evaluated,
+        training.batch + (critic.value.uses_reward + signal.reward) * states + loss.reward * evaluated,
+    )

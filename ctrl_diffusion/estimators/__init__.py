@@ -1,6 +1,6 @@
 """Estimators of the policy gradient: likelihood ratio, pathwise, matching, trajectory."""
 
-from .base import AbstractEstimator as AbstractEstimator, Models as Models
+from .base import AbstractEstimator as AbstractEstimator, Calls as Calls, Models as Models
 from .likelihood_ratio import (
     LikelihoodRatio as LikelihoodRatio,
     WeightedLikelihood as WeightedLikelihood,

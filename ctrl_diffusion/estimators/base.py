@@ -20,6 +20,14 @@ else:
 Metrics = dict[str, Float[Array, ""]]
 
 
+class Calls(NamedTuple):
+    """Calls on one sample: network forward, network with a derivative, reward with or without derivative."""
+
+    network: int = 0
+    gradient: int = 0
+    reward: int = 0
+
+
 class Models(NamedTuple):
     """Parameters that a policy's loss does not differentiate."""
 
@@ -44,6 +52,14 @@ class AbstractEstimator(eqx.Module):
     ) -> Float[Array, "n b ..."]:
         """What is computed once per iteration from whole paths; zeros where nothing is."""
         return jnp.zeros_like(values[:-1])
+
+    def signal_calls(self, critic: Critic) -> Calls:
+        """What `signal` calls, per recorded state."""
+        return Calls()
+
+    def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
+        """What one evaluation of `loss` with its gradient calls, per row."""
+        return Calls(gradient=objective.intervals if self.whole_paths else 1)
 
     @abc.abstractmethod
     def loss(

@@ -17,7 +17,7 @@ from ..exploration import shift
 from ..objective import Objective, Rollout, Rows
 from ..predictions import expand
 from ..process import Params
-from .base import AbstractEstimator, Metrics, Models, require_differentiable, require_price
+from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable, require_price
 from .pathwise import Credit, undiscounted
 
 Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]]
@@ -69,6 +69,11 @@ class Matching(AbstractEstimator):
         if self.gradient is lean_adjoint or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
         objective.transitions()
+
+    def signal_calls(self, critic: Critic) -> Calls:
+        """The reference's derivative: along the path, or inside the value."""
+        inside = critic.value.uses_reward
+        return Calls(gradient=1 if self.gradient is lean_adjoint or inside else 0, reward=int(inside))
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Target actions."""

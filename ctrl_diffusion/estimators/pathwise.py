@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..critics import Critic
-from ..objective import Objective, Rollout, Rows
+from ..objective import Objective, Rollout, Rows, present_state
 from ..predictions import expand
 from ..process import Params
-from .base import AbstractEstimator, Metrics, Models, require_differentiable
+from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable
 
 Credit = Callable[[Objective], Float[Array, " n"]]
 Starts = Callable[[int], np.ndarray]
@@ -100,6 +100,12 @@ class Pathwise(AbstractEstimator):
         j = np.arange(n)[:, None] + 1 + np.arange(later)
         noise = jnp.where((j < n).reshape(j.shape + (1,) * (rollout.noise.ndim - 1)), rollout.noise[np.minimum(j, n - 1)], 0)
         return jnp.moveaxis(noise, 1, 2)
+
+    def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
+        """The policy at every step, the reference at all but the first if priced, and what the critic needs at the end."""
+        reference = max(self.steps - 1, 0) if objective.kl_weight > 0 else 0
+        guess = 1 if critic.value.uses_reward and objective.lookahead is not present_state else 0
+        return Calls(gradient=max(self.steps, 1) + reference + guess, reward=int(objective.reward.differentiable))
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
         ts, n = objective.sampler.ts, objective.intervals
