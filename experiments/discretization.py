@@ -91,17 +91,18 @@ def run(config: Config) -> dict[str, Any]:
                 cells += experiment.cells(name, eta, policies)
                 bar.update()
     print("[3/3] summary and figures")
-    found = summarise(cells, config.train_solver, config.train_steps, config.train_eta)
+    trained = config.train_solver, config.train_steps, config.train_eta
+    found = summarise(cells, *trained)
     metrics = {
         "cells": cells,
         **found,
-        "verdict": verdict(found, config.train_solver, config.train_steps, config.train_eta),
+        "verdict": verdict(found, *trained),
         "noise_floor": [p.floor for p in policies],
         "target_effective_sample_size": [p.target_sample_size for p in policies],
         "budget": _budget(config, policies),
         "wall_seconds": time.perf_counter() - begin,
     }
-    write_atomic(config.out / "table.md", table(found, config.train_steps) + "\n" + metrics["verdict"] + "\n")
+    write_atomic(config.out / "table.md", table(found, *trained) + "\n" + metrics["verdict"] + "\n")
     history = {
         method: [RunDirectory(experiment.folder(seed, method), experiment.settings).history() for seed in range(len(policies))]
         for method in METHODS[1:]

@@ -79,13 +79,10 @@ def resolve(config: Config) -> Config:
     defaults = {"seeds": 5, "iterations": 90} if config.full else {"seeds": 2, "iterations": 40}
     config = dataclasses.replace(config, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
     choices = as_choices((*config.solvers, config.train_solver))
-    for name, found, among in (
-        ("train_solver", config.train_solver, config.solvers),
-        ("train_steps", config.train_steps, config.steps),
-        ("train_eta", config.train_eta, config.etas),
-    ):
+    for name in ("solver", "steps", "eta"):
+        found, among = getattr(config, f"train_{name}"), getattr(config, name if name == "steps" else f"{name}s")
         if found not in among:
-            raise ValueError(f"{name}={found!r} must be among the {name.removeprefix('train_')}s evaluated: {among}.")
+            raise ValueError(f"train_{name}={found!r} is not evaluated: choose it among {among}, or add it there.")
     if not choices[config.train_solver].gaussian or not config.train_eta > 0:
         raise ValueError(
             f"train_solver={config.train_solver!r} at train_eta={config.train_eta:g} has no likelihood: fine-tune with "

@@ -95,20 +95,33 @@ def plus_minus(estimate: Mapping[str, Any], digits: int = 2) -> str:
     return text if se is None else f"{text} ± {se:.{digits}f}"
 
 
-def table(found: Mapping[str, Any], steps: int) -> str:
-    """The retention table, in Markdown."""
+def table(found: Mapping[str, Any], solver: str, steps: int, eta: float) -> str:
+    """Two tables in Markdown: the methods in the cell of training, and how much of the gain they keep elsewhere."""
+    names = ("reward", "path_kl", "relative_gap", "energy_distance", "diversity")
+    lines = [
+        _line("method", "reward (nats)", "path KL (nats)", "relative gap", "energy distance", "diversity (images)"),
+        _line(*["---"] * 6),
+    ]
+    for row in found["summary"]:
+        if (row["solver"], row["steps"], row["eta"]) == (solver, steps, eta):
+            entries = (plus_minus({"mean": row[name], "se": row[f"{name}_se"]}) for name in names)
+            lines.append(_line(NAMES[row["method"]], *entries))
     retention = found["retention"]
     counts = sorted(int(n) for n in retention["ddpo"]["by_steps"])
     etas = list(retention["ddpo"]["matrix"])
     titles = ["method", f"gain at {steps} steps"]
-    titles += [f"kept at {n} steps" for n in counts if n != steps] + [f"all cells, eta = {e}" for e in etas]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    titles += [f"kept at {n} steps" for n in counts if n != steps] + [f"kept in all cells, η = {e}" for e in etas]
+    lines += ["", _line(*titles), _line(*["---"] * len(titles))]
     for method, row in retention.items():
         entries = [NAMES[method], plus_minus(row["gain_trained"])]
         entries += [plus_minus(row["by_steps"][str(n)]) for n in counts if n != steps]
         entries += [plus_minus(row["matrix"][e]) for e in etas]
-        lines.append("| " + " | ".join(entries) + " |")
+        lines.append(_line(*entries))
     return "\n".join(lines) + "\n"
+
+
+def _line(*entries: str) -> str:
+    return f"| {' | '.join(entries)} |"
 
 
 def verdict(found: Mapping[str, Any], solver: str, steps: int, eta: float) -> str:
