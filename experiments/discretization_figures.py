@@ -148,8 +148,10 @@ def frontier(
         axes.plot(best[:, 0], best[:, 1], color=OPTIMUM, linewidth=1.4, linestyle=(0, (5, 2)), label="best possible", zorder=1)
         for method in METHODS[1:]:
             for run in history[method]:
-                points = np.array([[r["path_kl"], r["reward"]] for r in run if r["phase"] == "finetune"])
-                axes.plot(*points.T, color=COLORS[method], linewidth=0.8, alpha=0.45, zorder=2)
+                points = np.array(
+                    [[r["path_kl"], r["reward"]] for r in run if r["phase"] == "finetune" and r["path_kl"] > 0.02]
+                )
+                axes.plot(*points.reshape(-1, 2).T, color=COLORS[method], linewidth=0.8, alpha=0.45, zorder=2)
             place = (method, config["train_solver"], config["train_steps"], config["train_eta"])
             row = next(r for r in rows if (r["method"], r["solver"], r["steps"], r["eta"]) == place)
             axes.errorbar(
@@ -157,11 +159,14 @@ def frontier(
                 marker=MARKS[method], markersize=8, markeredgecolor="white", linewidth=1.6, linestyle="none", label=NAMES[method],
                 zorder=4,
             )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlim(left=0.02)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("path KL from the reference (nats)", fontsize=FONT)
         axes.set_ylabel("mean reward (nats)", fontsize=FONT)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(loc="lower right", frameon=False, fontsize=FONT - 1)
+        axes.legend(loc="upper left", frameon=False, fontsize=FONT - 1)
 
     return Panel("Reward against path KL, equal budgets", "Reward against path KL of the methods and at the optimum", draw)
 

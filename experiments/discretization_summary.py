@@ -127,10 +127,15 @@ def _line(*entries: str) -> str:
 def verdict(found: Mapping[str, Any], solver: str, steps: int, eta: float) -> str:
     """The statement, in words that follow from the numbers."""
     retention, seeds = found["retention"], found["seeds"]
+    ends = [r for r in found["summary"] if (r["solver"], r["steps"], r["eta"]) == (solver, steps, eta)]
+    entries = [
+        [NAMES[r["method"]], *(plus_minus({"mean": r[v], "se": r.get(f"{v}_se")}) for v in ("reward", "path_kl"))] for r in ends
+    ]
     kept = ", ".join(f"{NAMES[m]} {plus_minus(row['other_steps'])}" for m, row in retention.items())
     sentences = [
+        "Rewards in the cell of training: " + ", ".join(f"{name} {r} at {kl} nats of path KL" for name, r, kl in entries) + ".",
         f"Trained with {steps} steps of {solver} at eta = {eta:g}, policies keep at the other step counts, on average, this "
-        f"fraction of their gain over the reference: {kept} (mean ± standard error over {seeds} seed{'s' if seeds > 1 else ''})."
+        f"fraction of their gain over the reference: {kept} (mean ± standard error over {seeds} seed{'s' if seeds > 1 else ''}).",
     ]
     for method in METHODS[1:]:
         others = {n: e["mean"] for n, e in retention[method]["by_steps"].items() if int(n) != steps}
