@@ -2,17 +2,42 @@
 
 from . import (
     algorithms as algorithms,
+    conversions as conversions,
+    critics as critics,
+    estimators as estimators,
     exact as exact,
     predictions as predictions,
     rewards as rewards,
     schedules as schedules,
     solvers as solvers,
 )
-from .algorithms import Algorithm as Algorithm, ddpo as ddpo, dpok as dpok, score_as_action as score_as_action
+from .algorithms import (
+    Algorithm as Algorithm,
+    Training as Training,
+    adjoint_matching as adjoint_matching,
+    alignprop as alignprop,
+    compose as compose,
+    ddpo as ddpo,
+    dpok as dpok,
+    draft as draft,
+    flow_grpo as flow_grpo,
+    log_variance as log_variance,
+    path_consistency as path_consistency,
+    refl as refl,
+    rwr as rwr,
+    score_as_action as score_as_action,
+    soft_vard as soft_vard,
+    sqdf as sqdf,
+    vard as vard,
+    vidd as vidd,
+)
+from .citations import citation as citation
+from .critics import Critic as Critic
 from .diversity import vendi_score as vendi_score
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
 from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save
 from .networks import ResidualMLP as ResidualMLP, score_control as score_control, value_network as value_network
+from .objective import Objective as Objective, few_step_ode as few_step_ode, posterior_mean as posterior_mean
 from .optimum import (
     Optimum as Optimum,
     is_memoryless as is_memoryless,
@@ -42,4 +67,12 @@ from .schedules import (
     VPTable as VPTable,
 )
 from .solvers import sample_keys as sample_keys
-from .values import AbstractValue as AbstractValue, PlainValue as PlainValue, StructuredValue as StructuredValue
+from .states import Reference as Reference, Replay as Replay
+from .trust import FirstOrder as FirstOrder, NaturalGradient as NaturalGradient
+from .values import (
+    AbstractValue as AbstractValue,
+    GivenValue as GivenValue,
+    LookaheadValue as LookaheadValue,
+    PlainValue as PlainValue,
+    StructuredValue as StructuredValue,
+)

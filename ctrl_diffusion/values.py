@@ -126,3 +126,26 @@ class NoValue(AbstractValue):
 
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         return jnp.where(self.remaining(t) <= 0, r_hat, jnp.zeros_like(r_hat))
+
+
+class LookaheadValue(AbstractValue):
+    """`r(x_hat)`: the reward of a guess of the final state, such as the posterior mean. Nothing is learned."""
+
+    t0: float = eqx.field(static=True)
+    t1: float = eqx.field(static=True)
+    uses_reward: bool = eqx.field(static=True, default=True, init=False)
+
+    def __call__(self, params, t, x, x_hat, r_hat, cond=None):
+        return r_hat
+
+
+class GivenValue(AbstractValue):
+    """A known function `fn(t, x) -> [b]`, for example the exact value of a problem of `ctrl_diffusion.exact`."""
+
+    fn: Callable[[Any, Any], Float[Array, " b"]] = eqx.field(static=True)
+    t0: float = eqx.field(static=True)
+    t1: float = eqx.field(static=True)
+    uses_reward: bool = eqx.field(static=True, default=False, init=False)
+
+    def __call__(self, params, t, x, x_hat, r_hat, cond=None):
+        return self.fn(t, x)

@@ -180,12 +180,13 @@ def run(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, updates, max(2, config.iterations) * updates, 0.1 * config.learning_rate
     )
-    algorithm = cd.score_as_action(
-        model.sampler, chosen, cd.StructuredValue(value_fn, process.t0, process.t1), kl_weight=kl_weight, batch=config.batch,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
-        value_optimizer=optax.adam(config.value_learning_rate), exploration=exploration, epochs=config.epochs,
-        minibatches=config.minibatches, clip=config.clip, horizon=config.horizon,
+    objective = cd.Objective(model.sampler, chosen, kl_weight, exploration=exploration)
+    training = cd.Training(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
+        optax.adam(config.value_learning_rate),
     )  # fmt: skip
+    value = cd.StructuredValue(value_fn, process.t0, process.t1)
+    algorithm = cd.score_as_action(objective, value, training, clip=config.clip, horizon=config.horizon)
 
     def evaluate_now(params) -> dict[str, Any]:
         found = evaluator.samples(params, keys["evaluation"], config.evaluation_samples // 4)

@@ -8,8 +8,17 @@ import optax
 import pytest
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.critics import kl_to_go, returns
 from ctrl_diffusion.exact import GaussianQuadratic
-from ctrl_diffusion.objective import advantages, clipped_surrogate, returns_to_go, standardise, value_increments
+from ctrl_diffusion.objective import (
+    advantages,
+    clipped_surrogate,
+    returns_to_go,
+    standardise,
+    standardise_all,
+    standardise_per_time,
+    value_increments,
+)
 from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.values import identity, one_minus
 
@@ -54,7 +63,20 @@ def quadratic_value(process):
     return cd.StructuredValue(network, process.t0, process.t1, denoised=False), jnp.zeros((KNOTS, 3))
 
 
-def make(exact, *, steps=25, batch=1024, reward=None, solver=None, counter=None, lr=0.1, **settings):
+def make(
+    exact,
+    *,
+    steps=25,
+    batch=1024,
+    reward=None,
+    solver=None,
+    counter=None,
+    lr=0.1,
+    kl_weight=0.7,
+    epochs=2,
+    minibatches=4,
+    **settings,
+):
     control, params = affine_control(exact)
     inner = control
     if counter is not None:
@@ -65,15 +87,9 @@ def make(exact, *, steps=25, batch=1024, reward=None, solver=None, counter=None,
 
     sampler = cd.Sampler(exact.process, control, (1,), grid=grid(exact.process, steps), solver=solver)
     value, value_params = quadratic_value(exact.process)
-    defaults = {"kl_weight": exact.kl_weight, "batch": batch, "epochs": 2, "minibatches": 4}
-    algorithm = cd.score_as_action(
-        sampler,
-        cd.differentiable(exact.reward) if reward is None else reward,
-        value,
-        optimizer=optax.adam(lr),
-        value_optimizer=optax.adam(0.05),
-        **(defaults | settings),
-    )
+    objective = cd.Objective(sampler, cd.differentiable(exact.reward) if reward is None else reward, kl_weight)
+    training = cd.Training(optax.adam(lr), batch, epochs, minibatches, optax.adam(0.05))
+    algorithm = cd.score_as_action(objective, value, training, **settings)
     return sampler, algorithm, algorithm.init(params, value_params)
 
 
@@ -106,15 +122,15 @@ def test_published_target_without_kl_to_go_has_another_fixed_point():
     """Without KL-to-go later control looks free, so each step leaves the work to later ones and less path KL is paid in all."""
     exact = problem()
     path_kl = {}
-    for kl_to_go in (True, False):
-        _, algorithm, state = make(exact, lr=0.02, kl_to_go=kl_to_go)
+    for target in (kl_to_go, returns):
+        _, algorithm, state = make(exact, lr=0.02, target=target)
         tail = []
         for i in range(25):
             state, info = algorithm.step(jax.random.fold_in(jax.random.key(0), i), state)
             tail.append(float(info.metrics["path_kl"]))
-        path_kl[kl_to_go] = np.mean(tail[-10:])
-    assert path_kl[True] == pytest.approx(float(exact.path_kl), rel=0.1)
-    assert path_kl[False] < 0.93 * path_kl[True]  # measured: 0.86
+        path_kl[target] = np.mean(tail[-10:])
+    assert path_kl[kl_to_go] == pytest.approx(float(exact.path_kl), rel=0.1)
+    assert path_kl[returns] < 0.93 * path_kl[kl_to_go]  # measured: 0.86
 
 
 EXPLORATIONS = {
@@ -132,10 +148,8 @@ def test_likelihood_ratio_is_one_before_the_first_update(name):
     exact_process = cd.DiffusionProcess(SCHEDULE, eta)
     sampler = cd.Sampler(exact_process, affine_control(exact)[0], (1,), grid=exact_process.grid(10), solver=solver)
     value, value_params = quadratic_value(exact_process)
-    algorithm = cd.score_as_action(
-        sampler, cd.differentiable(exact.reward), value, kl_weight=0.7, batch=64, exploration=exploration,
-        optimizer=optax.sgd(0.0), value_optimizer=optax.sgd(0.0), minibatches=5, epochs=2,
-    )  # fmt: skip
+    objective = cd.Objective(sampler, cd.differentiable(exact.reward), 0.7, exploration=exploration)
+    algorithm = cd.score_as_action(objective, value, cd.Training(optax.sgd(0.0), 64, 2, 5, optax.sgd(0.0)))
     params = 0.3 * jax.random.normal(jax.random.key(1), (KNOTS, 2))
     state, info = algorithm.step(jax.random.key(0), algorithm.init(params, value_params))
     assert float(info.metrics["first_log_ratio"]) < 1e-4
@@ -149,10 +163,8 @@ def test_action_noise_improves_a_deterministic_sampler():
     exact = problem(1.0)
     sampler = cd.Sampler(process, affine_control(exact)[0], (1,), grid=process.grid(10), solver=dfx.Heun())
     value, value_params = quadratic_value(process)
-    algorithm = cd.score_as_action(
-        sampler, cd.differentiable(exact.reward), value, kl_weight=0.1, batch=512, exploration=cd.ActionNoise(0.5, 2),
-        optimizer=optax.adam(0.05), value_optimizer=optax.adam(0.05), minibatches=4,
-    )  # fmt: skip
+    objective = cd.Objective(sampler, cd.differentiable(exact.reward), 0.1, exploration=cd.ActionNoise(0.5, 2))
+    algorithm = cd.score_as_action(objective, value, cd.Training(optax.adam(0.05), 512, 1, 4, optax.adam(0.05)))
     state = algorithm.init(jnp.zeros((KNOTS, 2)), value_params)
 
     def reward(params):
@@ -233,11 +245,11 @@ def test_standardise():
     np.testing.assert_allclose(jnp.std(standardise(x, None)), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("normalise", ["time", "all"])
+@pytest.mark.parametrize("normalise", [standardise_per_time, standardise_all])
 def test_normalisation_and_clamp_are_arguments(normalise):
     _, algorithm, state = make(problem(), steps=5, batch=64, normalise=normalise, max_advantage=0.5)
     _, info = algorithm.step(jax.random.key(0), state)
-    assert 0.3 < float(info.metrics["advantage_std"]) <= 0.5  # standardised, then clamped to +- 0.5
+    assert 0.3 < float(info.metrics["signal_std"]) <= 0.5  # standardised, then clamped to +- 0.5
 
 
 def test_value_is_the_reward_at_the_end():
@@ -269,7 +281,6 @@ BAD = {
     "horizon": (-1.0, r"horizon=-1.0 must not be negative"),
     "minibatches": (7, r"minibatches=7 must divide batch \* intervals = 16 \* 5 = 80"),
     "epochs": (0, r"epochs=0 must be at least 1"),
-    "normalise": ("batch", r"normalise='batch' must be"),
 }
 
 
@@ -284,11 +295,8 @@ def test_brownian_exploration_needs_noise():
     exact = problem()
     process = cd.DiffusionProcess(SCHEDULE, 0.0)
     sampler = cd.Sampler(process, affine_control(exact)[0], (1,), grid=process.grid(5))
-    value, _ = quadratic_value(process)
     with pytest.raises(ValueError, match="eta=0: Brownian exploration is undefined .* ActionNoise"):
-        cd.score_as_action(
-            sampler, exact.reward, value, kl_weight=1.0, batch=4, optimizer=optax.sgd(0.1), value_optimizer=optax.sgd(0.1)
-        )
+        cd.Objective(sampler, exact.reward, 1.0)
 
 
 REWARDS = {

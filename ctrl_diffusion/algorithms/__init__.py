@@ -1,4 +1,26 @@
-"""Algorithms: pairs of functions `init(params, ...) -> state` and `step(key, state) -> (state, info)`."""
+"""Algorithms: pairs of functions `init(params, ...) -> state` and `step(key, state) -> (state, info)`, composed from parts."""
 
-from .policy_gradient import ddpo as ddpo, dpok as dpok
-from .score_as_action import Algorithm as Algorithm, Info as Info, State as State, score_as_action as score_as_action
+from .compose import (
+    Algorithm as Algorithm,
+    Info as Info,
+    State as State,
+    Training as Training,
+    compose as compose,
+)
+from .presets import (
+    adjoint_matching as adjoint_matching,
+    alignprop as alignprop,
+    ddpo as ddpo,
+    dpok as dpok,
+    draft as draft,
+    flow_grpo as flow_grpo,
+    log_variance as log_variance,
+    path_consistency as path_consistency,
+    refl as refl,
+    rwr as rwr,
+    score_as_action as score_as_action,
+    soft_vard as soft_vard,
+    sqdf as sqdf,
+    vard as vard,
+    vidd as vidd,
+)

@@ -1,0 +1,120 @@
+r"""What a state is worth, and how that is learned: a value, the targets it is regressed on, and the loss of the regression.
+
+    target                              squared error converges to                      soft error converges to
+    `returns`         r - costs         E^a[r - costs | x]                              -
+    `kl_to_go`        ... - lambda KL   the policy's own value V^a                      -
+    `log_ratio_to_go` ... - lambda log  V^a, with less noise near the optimum           V* = lambda log E^ref exp(. / lambda)
+
+The last line is exact for every policy: `E^a[exp((r - costs)/lambda) dP^ref/dP^a | x] = exp(V*(t, x)/lambda)`, with zero variance
+at the optimum.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from .objective import Objective, Rollout, Rows, advantages, to_go, value_increments
+from .process import Params
+from .sampler import log_ratio
+from .values import AbstractValue
+
+Target = Callable[[Objective, Rollout], Float[Array, "n b"]]
+ValueLoss = Callable[[Float[Array, " m"], Float[Array, " m"], float], Float[Array, ""]]
+
+
+def returns(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
+    """`r(X_T) - sum_{l >= j} cost_l`: no price. The fixed point of a policy trained on it is not the maximiser of J."""
+    return rollout.reward - to_go(objective.costs(rollout))
+
+
+def kl_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
+    """`r(X_T) - sum_{l >= j} (cost_l + lambda kl_l)`: Monte Carlo returns of J."""
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * objective.step_prices(rollout))
+
+
+def log_ratio_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
+    """`r(X_T) - sum_{l >= j} (cost_l + lambda log (dP^a/dP^ref)_l)` with the realised log-ratios instead of their means."""
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * _log_ratios(objective, rollout))
+
+
+def _log_ratios(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
+    def row(scale, a, a_ref, noise):
+        return -log_ratio(scale * (a_ref - a), noise)
+
+    return jax.vmap(row)(objective.scales, rollout.a_old, rollout.a_ref, rollout.noise)
+
+
+def squared_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: float) -> Float[Array, ""]:
+    """Mean of `(value - target)^2`: its minimiser is the arithmetic mean of the target given the state."""
+    return jnp.mean((value - target) ** 2)
+
+
+def soft_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: float) -> Float[Array, ""]:
+    r"""Mean of `lambda^2 (e^d - 1 - d)`, `d = (target - value)/lambda`: its minimiser is `lambda log E exp(target / lambda)`.
+
+    It is the squared error (over 2) to second order. Where some `d` of the batch exceed 1, all terms are divided by the largest
+    `e^d` over e, which scales the gradient and not its zero: no overflow.
+    """
+    d = (target - value) / kl_weight
+    shift = jax.lax.stop_gradient(jnp.maximum(jnp.max(d) - 1, 0))
+    return kl_weight**2 * jnp.mean(jnp.exp(d - shift) - jnp.exp(-shift) * (1 + d))
+
+
+class Critic(eqx.Module):
+    """A value and how it is learned.
+
+    Args:
+        value: the function class; `V(t1, x) = r(x)`.
+        optimizer: for its parameters; `None` if it has none or they are not to be changed.
+        target: what it is regressed on, `(objective, rollout) -> [n, b]` (default `kl_to_go`).
+        loss: `(value, target, kl_weight) -> scalar` (default `squared_error`).
+        horizon: targets look this far ahead, control time: `inf` is Monte Carlo; a finite one replaces the rest of the path by
+            the value, with decay per unit time (`V_j + advantages(increments of the value, horizon)`, TD(lambda)).
+    """
+
+    value: AbstractValue
+    optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
+    target: Target = eqx.field(static=True, default=kl_to_go)
+    loss: ValueLoss = eqx.field(static=True, default=squared_error)
+    horizon: float = eqx.field(static=True, default=float("inf"))
+
+    def init(self, params: Params) -> optax.OptState:
+        """State of the optimiser."""
+        return () if self.optimizer is None else self.optimizer.init(params)
+
+    def values(self, params: Params, rollout: Rollout) -> Float[Array, "K b"]:
+        """Values of all recorded states, the last ones being the rewards."""
+        rows = (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat)
+        values = jax.lax.map(lambda row: self.value(params, *row), rows)
+        return jnp.concatenate([values, rollout.reward[None]])
+
+    def targets(self, objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
+        """What the value is regressed on at every recorded state but the last."""
+        target = self.target(objective, rollout)
+        if self.horizon == float("inf"):
+            return target
+        paid = target - jnp.concatenate([target[1:], rollout.reward[None]])  # minus what interval j costs
+        increments = value_increments(values, -paid, 1.0)
+        return values[:-1] + advantages(increments, jnp.diff(rollout.t), self.horizon)
+
+    def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
+        """Loss of the regression on rows `[m]`."""
+        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat)
+        return self.loss(value, rows.target, objective.kl_weight)
+
+    def __call__(self, params: Params, objective: Objective, reference: Params, t, x) -> Float[Array, " m"]:
+        """`V(t, x)` as a differentiable function of `x` `[m, *x]`.
+
+        With a black-box reward only values that do not use the reward have one, and only before `t1`.
+        """
+        x_hat, r_hat = x, jnp.zeros(x.shape[0], x.dtype)
+        if self.value.uses_reward:
+            action = objective.sampler.control(reference, t, x, None)
+            x_hat = objective.lookahead(objective.sampler, reference, t, x, action)
+        if objective.reward.differentiable:
+            r_hat = objective.reward.fn(x_hat)
+        return self.value(params, t, x, x_hat, r_hat)

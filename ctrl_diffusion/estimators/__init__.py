@@ -1,0 +1,21 @@
+"""Estimators of the policy gradient: likelihood ratio, pathwise, matching, trajectory."""
+
+from .base import AbstractEstimator as AbstractEstimator, Models as Models
+from .likelihood_ratio import (
+    LikelihoodRatio as LikelihoodRatio,
+    WeightedLikelihood as WeightedLikelihood,
+    exponential_increment as exponential_increment,
+    exponential_return as exponential_return,
+    exponential_return_from_reference as exponential_return_from_reference,
+)
+from .matching import Matching as Matching, lean_adjoint as lean_adjoint, value_gradient as value_gradient
+from .pathwise import (
+    Pathwise as Pathwise,
+    discount_per_step as discount_per_step,
+    discount_per_time as discount_per_time,
+    every_start as every_start,
+    last as last,
+    late as late,
+    undiscounted as undiscounted,
+)
+from .trajectory import LogVariance as LogVariance, PathConsistency as PathConsistency

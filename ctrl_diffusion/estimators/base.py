@@ -1,0 +1,81 @@
+"""What an estimator of the policy gradient is: which rows it trains on, what it computes ahead, and its loss."""
+
+import abc
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..critics import Critic
+from ..objective import Objective, Rollout, Rows
+from ..process import Params
+
+if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Models(NamedTuple):
+    """Parameters that a policy's loss does not differentiate."""
+
+    reference: Params
+    value: Params
+
+
+class AbstractEstimator(eqx.Module):
+    """Estimates the gradient of `-J` by the gradient of a loss on rows: (time, sample) pairs `[m]`, or whole paths `[m, n]`."""
+
+    whole_paths: AbstractVar[bool]
+
+    def starts(self, objective: Objective) -> np.ndarray:
+        """The control intervals that rows are made of (all, unless said otherwise)."""
+        return np.arange(objective.intervals)
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        """Raise, by name and with a remedy, if the estimator cannot serve this objective and critic."""
+
+    def signal(
+        self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values: Float[Array, "K b"]
+    ) -> Float[Array, "n b ..."]:
+        """What is computed once per iteration from whole paths; zeros where nothing is."""
+        return jnp.zeros_like(values[:-1])
+
+    @abc.abstractmethod
+    def loss(
+        self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """An estimate of `-J` (in reward units, up to a constant) whose gradient in `params` is the policy gradient."""
+
+
+def require_differentiable(objective: Objective, name: str) -> None:
+    """Raise if an estimator that differentiates the reward is given a black box."""
+    if not objective.reward.differentiable:
+        raise ValueError(
+            f"reward={objective.reward.name!r} is a black box, and {name} differentiates it. Wrap a JAX function in "
+            "ctrl_diffusion.differentiable, or use an algorithm that needs values only: score_as_action, ddpo, dpok, flow_grpo, "
+            "rwr, vidd, log_variance, path_consistency, or vard with a plain value."
+        )
+
+
+def require_price(objective: Objective, name: str) -> None:
+    """Raise if an estimator that divides by the temperature has none."""
+    if not objective.kl_weight > 0:
+        raise ValueError(f"kl_weight={objective.kl_weight:g}: {name} divides by it and needs a positive temperature.")
+
+
+def per_path(rows: Rows) -> tuple[Rows, Any]:
+    """Rows of whole paths `[m, n]` as pairs `[m n]`, and the function that brings `[m n, ...]` back to `[m, n, ...]`."""
+    m, n = rows.j.shape
+
+    def fold(v: Float[Array, "..."]) -> Float[Array, "..."]:
+        return v.reshape((m, n) + v.shape[1:])
+
+    def flat(v: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."] | Int[Array, "..."]:
+        return v.reshape((m * n,) + v.shape[2:])
+
+    return Rows(*(flat(v) for v in rows)), fold

@@ -1,0 +1,129 @@
+r"""Gradients from the likelihood of what was sampled: the reward is a number, and may come from anywhere.
+
+    grad J = sum_j E[ grad log pi(x_{j+1} | x_j) A_j ] - lambda sum_j E[ grad kl_j ],    log rho_j = z_j . xi_j - |z_j|^2 / 2,
+
+`z_j = scale_j (a_theta - a_old)(t_j, x_j)`, summed over state dimensions.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..critics import Critic
+from ..exploration import shift
+from ..objective import Objective, Rollout, Rows, advantages, clipped_surrogate, to_go, value_increments
+from ..process import Params
+from ..sampler import log_ratio
+from .base import AbstractEstimator, Metrics, Models, require_price
+
+Normalise = Callable[[Float[Array, "n b"]], Float[Array, "n b"]]
+Weights = Callable[[Objective, Rollout, Float[Array, "K b"]], Float[Array, "n b"]]
+
+
+class LikelihoodRatio(AbstractEstimator):
+    r"""`sum_j E[min(rho_j A_j, clip(rho_j) A_j)] - lambda sum_j E[price_j]`, `A_j` from value increments.
+
+    Args:
+        horizon: decay time of the advantages, control time (`objective.advantages`): 0 single increments, `inf` returns.
+        clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017); `inf` is no clipping.
+        normalise: a function of the advantages `[n, b]` (`objective.centre`, `standardise_per_time`, ...), or `None`. Dividing
+            them changes the price relative to the reward.
+        max_advantage: clamp of their magnitude after normalisation.
+        kl_to_go: whether increments pay the KL of their interval, as J does.
+        proximal: weight of the KL of each step to the *old* policy, reward units per nat.
+        max_step_kl: rows whose KL to the old policy exceeds this many nats give no gradient: an exact mask instead of a clip.
+    """
+
+    horizon: float = eqx.field(static=True, default=0.0)
+    clip: float = eqx.field(static=True, default=float("inf"))
+    normalise: Normalise | None = eqx.field(static=True, default=None)
+    max_advantage: float = eqx.field(static=True, default=float("inf"))
+    kl_to_go: bool = eqx.field(static=True, default=True)
+    proximal: float = eqx.field(static=True, default=0.0)
+    max_step_kl: float = eqx.field(static=True, default=float("inf"))
+    whole_paths: bool = eqx.field(static=True, default=False, init=False)
+
+    def __check_init__(self):
+        remedies = {
+            "clip": "use inf for no clipping",
+            "horizon": "it is a time: use 0 for single increments, inf for Monte Carlo returns",
+            "max_advantage": "use inf for no clamp",
+            "proximal": "it is a price: use 0 for none",
+            "max_step_kl": "use inf for no mask",
+        }
+        for name, remedy in remedies.items():
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative: {remedy}.")
+
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """Advantages, after normalisation and clamp."""
+        paid = objective.costs(rollout)
+        if self.kl_to_go:
+            paid = paid + objective.kl_weight * objective.step_prices(rollout)
+        found = advantages(value_increments(values, paid, 1.0), jnp.diff(rollout.t), self.horizon)
+        if self.normalise is not None:
+            found = self.normalise(found)
+        return jnp.clip(found, -self.max_advantage, self.max_advantage)
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        a = objective.control(params, rows.j, rows.x)
+        z = shift(objective.scales[rows.j], a, rows.a_old)
+        log_rho = log_ratio(z, rows.noise)
+        step_kl = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
+        inside = jax.lax.stop_gradient(step_kl) <= self.max_step_kl
+        gain = jnp.where(inside, clipped_surrogate(log_rho, rows.signal, self.clip), 0.0) - self.proximal * step_kl
+        price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
+        metrics: Metrics = {
+            "update_kl": objective.intervals * jnp.mean(step_kl),
+            "max_log_ratio": jnp.max(jnp.abs(log_rho)),
+            "clip_fraction": jnp.mean(jnp.abs(jnp.expm1(log_rho)) > self.clip),
+        }
+        return objective.intervals * jnp.mean(objective.kl_weight * price - gain), metrics
+
+
+def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
+    """`exp((r - costs) / lambda)` over its mean over the batch, the same at every step."""
+    total = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
+    weights = jax.nn.softmax(total / objective.kl_weight) * total.shape[0]
+    return jnp.broadcast_to(weights, values[:-1].shape)
+
+
+def exponential_increment(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
+    """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean over the batch of every step."""
+    gained = value_increments(values, objective.costs(rollout), 1.0)
+    return jax.nn.softmax(gained / objective.kl_weight, axis=1) * gained.shape[1]
+
+
+def exponential_return_from_reference(
+    objective: Objective, rollout: Rollout, values: Float[Array, "K b"]
+) -> Float[Array, "n b"]:
+    """`exp((r - costs)/lambda) dP^ref/dP^old` over its mean: the weights of the optimal law, whoever sampled."""
+    z = jax.vmap(lambda scale, a, b: scale * (a - b))(objective.scales, rollout.a_ref, rollout.a_old)
+    ratios = jnp.sum(jax.vmap(log_ratio)(z, rollout.noise), axis=0)
+    total = (rollout.reward - jnp.sum(objective.costs(rollout), axis=0)) / objective.kl_weight + ratios
+    return jnp.broadcast_to(jax.nn.softmax(total) * total.shape[0], to_go(values[:-1]).shape)
+
+
+class WeightedLikelihood(AbstractEstimator):
+    """`-sum_j E[w_j log pi_theta(x_{j+1} | x_j)]`, weights that favour what went well: maximum likelihood on reweighted paths."""
+
+    weights: Weights = eqx.field(static=True, default=exponential_return)
+    whole_paths: bool = eqx.field(static=True, default=False, init=False)
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        require_price(objective, "the exponential weight exp(r / kl_weight)")
+
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        return self.weights(objective, rollout, values)
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        a = objective.control(params, rows.j, rows.x)
+        log_rho = log_ratio(shift(objective.scales[rows.j], a, rows.a_old), rows.noise)
+        metrics: Metrics = {
+            "max_log_ratio": jnp.max(jnp.abs(log_rho)),
+            "effective_share": jnp.sum(rows.signal) ** 2 / (jnp.sum(rows.signal**2) * rows.signal.size),
+        }
+        return -objective.kl_weight * objective.intervals * jnp.mean(rows.signal * log_rho), metrics

@@ -1,0 +1,85 @@
+r"""Gradients by regression: the action is matched to the maximiser of the Hamiltonian that a gradient of the value gives.
+
+    a_target(t_j, x_j) = a_ref + w_j std_j^2 / (lambda psi_j) g_j,      loss = lambda sum_j E |scale_j (a_theta - a_target)|^2 / 2,
+
+`g_j` an estimate of `grad V(t_{j+1}, x_{j+1})`; the limit of the factor is `w G^2 / (lambda B)`, which is `w c / (2 lambda k)`.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..critics import Critic
+from ..exploration import shift
+from ..objective import Objective, Rollout, Rows
+from ..predictions import expand
+from ..process import Params
+from .base import AbstractEstimator, Metrics, Models, require_differentiable, require_price
+from .pathwise import Credit, undiscounted
+
+Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]]
+
+
+def lean_adjoint(objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
+    r"""`g_j = a_{j+1}`, with `a_n = grad r(x_n)` and `a_j = D_x(x + reference step)^T a_{j+1} - grad f(t_j, x_j) dt_j`.
+
+    The adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"), with the
+    derivative of the step that is made, in place of an Euler step of the adjoint's equation.
+    """
+    step, dt = objective.transitions(), jnp.diff(rollout.t)
+    process, control = objective.sampler.process, objective.sampler.control
+
+    def backward(adjoint, row):
+        t, x, phi, psi, h = row
+        _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, None), x)
+        cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
+        return vjp(adjoint)[0] - cost, adjoint
+
+    end = jax.grad(lambda x: jnp.sum(objective.reward.fn(x)))(rollout.x[-1])
+    return jax.lax.scan(backward, end, (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt), reverse=True)[1]
+
+
+def value_gradient(objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
+    """`grad V(t_{j+1}, x_{j+1})` of the critic."""
+
+    def row(tx):
+        t, x = tx
+        return jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t, x)))(x)
+
+    return jax.lax.map(row, (rollout.t[1:], rollout.x[1:]))
+
+
+class Matching(AbstractEstimator):
+    """Regress the action on `a_ref + w std^2 / (lambda psi) g` (see the module's docstring).
+
+    Args:
+        gradient: `g`, `(objective, critic, models, rollout) -> [n, b, *x]`: `lean_adjoint` or `value_gradient`.
+        credit: weights `w` `[n]`.
+    """
+
+    gradient: Gradient = eqx.field(static=True, default=lean_adjoint)
+    credit: Credit = eqx.field(static=True, default=undiscounted)
+    whole_paths: bool = eqx.field(static=True, default=False, init=False)
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        require_price(objective, "matching")
+        if self.gradient is lean_adjoint or critic.value.uses_reward:
+            require_differentiable(objective, "the gradient of the value")
+        objective.transitions()
+
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """Target actions."""
+        step = objective.transitions()
+        factor = self.credit(objective) * step.std**2 / (objective.kl_weight * step.psi)
+        g = self.gradient(objective, critic, models, rollout)
+        return rollout.a_ref + expand(factor, g) * g
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        a = objective.control(params, rows.j, rows.x)
+        z = shift(objective.scales[rows.j], a, rows.signal)
+        error = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
+        metrics: Metrics = {"matching_error": objective.intervals * jnp.mean(error)}
+        return objective.kl_weight * objective.intervals * jnp.mean(error), metrics

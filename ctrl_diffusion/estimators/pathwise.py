@@ -1,0 +1,162 @@
+r"""Gradients through the sampler: simulate `K` steps of the chain from recorded states, and differentiate what they lead to.
+
+    grad E[ w_j (V(t_{j+K}, x_{j+K}) - costs) - lambda sum_{l < K} price_{j+l} ],
+    x_{l+1} = phi_l x_l + psi_l a_theta(t_l, x_l) + std_l xi_l
+
+With `K = 1` and recorded states held fixed this is the gradient of the advantage rate; the law of the states is free.
+"""
+
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..critics import Critic
+from ..objective import Objective, Rollout, Rows
+from ..predictions import expand
+from ..process import Params
+from .base import AbstractEstimator, Metrics, Models, require_differentiable
+
+Credit = Callable[[Objective], Float[Array, " n"]]
+Starts = Callable[[int], np.ndarray]
+
+
+def undiscounted(objective: Objective) -> Float[Array, " n"]:
+    """Weight 1 at every time."""
+    return jnp.ones(objective.intervals, objective.sampler.dtype)
+
+
+def discount_per_step(gamma: float) -> Credit:
+    """`gamma^(steps to go)`, counted after the step: its meaning depends on the step count, as published for SQDF."""
+
+    def credit(objective: Objective) -> Float[Array, " n"]:
+        return jnp.asarray(gamma ** np.arange(objective.intervals)[::-1], objective.sampler.dtype)
+
+    return credit
+
+
+def discount_per_time(horizon: float) -> Credit:
+    """`exp(-(t1 - t)/horizon)` at the end of the interval: the same whatever the step count."""
+
+    def credit(objective: Objective) -> Float[Array, " n"]:
+        ts = objective.sampler.grid
+        return jnp.asarray(np.exp(-(ts[-1] - ts[1:]) / horizon), objective.sampler.dtype)
+
+    return credit
+
+
+def every_start(intervals: int) -> np.ndarray:
+    """Windows from every recorded state."""
+    return np.arange(intervals)
+
+
+def last(steps: int) -> Starts:
+    """One window per path, over its last `steps` steps."""
+    return lambda intervals: np.asarray([max(intervals - steps, 0)])
+
+
+def late(fraction: float) -> Starts:
+    """Windows that start in the last `fraction` of the intervals."""
+    return lambda intervals: np.arange(intervals - max(1, round(fraction * intervals)), intervals)
+
+
+class Pathwise(AbstractEstimator):
+    """Differentiate `w V(t_{j+K}, x_{j+K}) - lambda price` through `K = steps` steps of the chain; beyond `t1` nothing happens.
+
+    Args:
+        steps: how many steps; 0 differentiates the value at the recorded state through the *policy's* lookahead (ReFL).
+        starts: intervals that windows start in, given the number of intervals (`every_start`, `last(K)`, `late(fraction)`).
+        credit: weights `w` `[n]` of the value, by the interval that a window starts in (`undiscounted`, `discount_per_step`, ...).
+        small_memory: recompute: the gradient's memory grows with the root of the number of steps, at one more forward pass.
+    """
+
+    steps: int = eqx.field(static=True, default=1)
+    starts_in: Starts = eqx.field(static=True, default=every_start)
+    credit: Credit = eqx.field(static=True, default=undiscounted)
+    small_memory: bool = eqx.field(static=True, default=False)
+    whole_paths: bool = eqx.field(static=True, default=False, init=False)
+
+    def __check_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} must be at least 0: it is the number of steps to differentiate through.")
+
+    def starts(self, objective: Objective) -> np.ndarray:
+        """Without a differentiable reward, only windows that end before `t1`."""
+        starts = self.starts_in(objective.intervals)
+        return starts if objective.reward.differentiable else starts[starts + self.steps < objective.intervals]
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        if critic.value.uses_reward or not len(self.starts(objective)):
+            require_differentiable(objective, f"a gradient through {self.steps} steps of the sampler and a value of the reward")
+        objective.transitions()
+
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """The noise of the steps after the first, `[n, b, K - 1, *x]`, zeros beyond the end."""
+        n, later = objective.intervals, max(self.steps - 1, 0)
+        j = np.arange(n)[:, None] + 1 + np.arange(later)
+        noise = jnp.where((j < n).reshape(j.shape + (1,) * (rollout.noise.ndim - 1)), rollout.noise[np.minimum(j, n - 1)], 0)
+        return jnp.moveaxis(noise, 1, 2)
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        ts, n = objective.sampler.ts, objective.intervals
+        starts = self.starts(objective)
+        weight = self.credit(objective)[rows.j]
+        if self.steps == 0:  # the policy's own guess of the final state
+            value = critic(models.value, objective, params, ts[rows.j], rows.x)
+            price = objective.price(objective.price_scales[rows.j], objective.control(params, rows.j, rows.x), rows.a_ref)
+            total = weight * value - objective.kl_weight * price
+            return -len(starts) * jnp.mean(total), {"mean_value": jnp.mean(value)}
+
+        x, gained = self._step(objective, params, rows.j, rows.x, rows.noise, rows.a_ref)
+
+        def body(carry, step):
+            x, gained = carry
+            i, noise = step
+            j = rows.j + i
+            inside = j < n
+            j = jnp.minimum(j, n - 1)
+            cost = objective.sampler.process.running_cost(ts[j], x) * (ts[j + 1] - ts[j])
+            a_ref = objective.control(models.reference, j, x) if objective.kl_weight > 0 else None
+            x_next, gain = self._step(objective, params, j, x, noise, a_ref)
+            return (
+                jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
+                gained + jnp.where(inside, gain - weight * cost, 0),
+            ), None
+
+        later = (1 + jnp.arange(self.steps - 1), jnp.moveaxis(rows.signal, 1, 0))
+        x, gained = _scan(body, (x, gained), later, self.small_memory)
+        value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x)
+        metrics: Metrics = {"mean_value": jnp.mean(value)}
+        # every step is charged by as many windows as it lies in
+        return -len(starts) / self._overlap(n, starts) * jnp.mean(weight * value + gained), metrics
+
+    def _step(self, objective: Objective, params: Params, j, x, noise, a_ref):
+        """One step of the chain and minus its price."""
+        phi, psi, std = (expand(v[j], x) for v in objective.transitions())
+        a = objective.control(params, j, x)
+        gain = jnp.zeros(x.shape[0], x.dtype)
+        if objective.kl_weight > 0:
+            gain = -objective.kl_weight * objective.price(objective.price_scales[j], a, a_ref)
+        return phi * x + psi * a + std * noise, gain
+
+    def _overlap(self, n: int, starts: np.ndarray) -> int:
+        """The largest number of windows that a step lies in."""
+        return int(np.max(np.sum((np.arange(n) >= starts[:, None]) & (np.arange(n) < starts[:, None] + self.steps), axis=0)))
+
+
+def _scan(body, carry, xs, small_memory: bool):
+    """`lax.scan`, its result alone; with `small_memory` in root-many checkpointed blocks of checkpointed steps."""
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    if not small_memory or steps < 4:
+        return jax.lax.scan(body, carry, xs)[0]
+    size = math.isqrt(steps)
+    blocks = steps // size
+    body = jax.checkpoint(body)
+    head = jax.tree.map(lambda v: v[: blocks * size].reshape((blocks, size) + v.shape[1:]), xs)
+    block = jax.checkpoint(lambda carry, xs: (jax.lax.scan(body, carry, xs)[0], None))
+    carry = jax.lax.scan(block, carry, head)[0]
+    return jax.lax.scan(body, carry, jax.tree.map(lambda v: v[blocks * size :], xs))[0]

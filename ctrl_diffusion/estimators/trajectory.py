@@ -1,0 +1,76 @@
+r"""Gradients from an identity of the optimal path law: along every path, whoever made it,
+
+    V*(t_0, x_0) + lambda sum_j log (dP*/dP^ref)_j  =  r(X_T) - sum_j cost_j.
+
+Any mismatch of a policy is squared. States may come from any policy; no gradient passes through them.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from ..critics import Critic
+from ..objective import Objective, Rollout, Rows, to_go
+from ..process import Params
+from .base import AbstractEstimator, Metrics, Models, per_path, require_price
+
+
+def _tail(objective: Objective, params: Params, rows: Rows):
+    """`lambda log(dP^a/dP^ref)` of every interval of whole paths, `[m, n]`."""
+    pairs, fold = per_path(rows)
+    a = objective.control(params, pairs.j, pairs.x)
+    return objective.kl_weight * fold(objective.step_log_ratio(pairs, a))
+
+
+class LogVariance(AbstractEstimator):
+    r"""`Var(r - costs - lambda log dP^a/dP^ref) / (2 lambda)` over paths: zero exactly at the optimum.
+
+    Nuesken and Richter 2021 (VarGrad, log-variance divergence). The variance is over a batch of paths, so `V*(t_0, x_0)` must not
+    depend on `x_0`: a fixed start or a memoryless reference; else use `PathConsistency`.
+    """
+
+    whole_paths: bool = eqx.field(static=True, default=True, init=False)
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        require_price(objective, "the log-variance")
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        paid = jnp.sum(_tail(objective, params, rows), axis=1)
+        residual = rows.tail[:, 0] - paid
+        loss = 0.5 * jnp.var(residual, ddof=1) / objective.kl_weight
+        return loss, {"residual": jnp.sqrt(2 * objective.kl_weight * loss)}
+
+
+class PathConsistency(AbstractEstimator):
+    r"""Mean over intervals of `(V(t_e, x_e) - costs - lambda log (dP^a/dP^ref)_{j..e} - V(t_j, x_j))^2 / (2 lambda)`, `e = j + span`.
+
+    The policy's half of soft path consistency (Nachum et al. 2017; "sub-trajectory balance" of GFlowNets); the value's half is the
+    critic's regression on `log_ratio_to_go`. `span = None` goes to the end of the path, where `V = r`.
+    """
+
+    span: int | None = eqx.field(static=True, default=None)
+    whole_paths: bool = eqx.field(static=True, default=True, init=False)
+
+    def __check_init__(self):
+        if self.span is not None and self.span < 1:
+            raise ValueError(f"span={self.span} must be at least 1 interval, or None for the rest of the path.")
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        require_price(objective, "path consistency")
+
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """What a window brings without its price, `V_e - V_j - costs`."""
+        n = objective.intervals
+        end = np.minimum(np.arange(n) + (n if self.span is None else self.span), n)
+        costs = to_go(jnp.concatenate([objective.costs(rollout), jnp.zeros_like(values[:1])]))
+        return values[end] - values[:-1] - (costs[:-1] - costs[end])
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        paid = jnp.cumsum(_tail(objective, params, rows), axis=1)
+        paid = jnp.concatenate([jnp.zeros_like(paid[:, :1]), paid], axis=1)
+        n = objective.intervals
+        end = np.minimum(np.arange(n) + (n if self.span is None else self.span), n)
+        residual = rows.signal - (paid[:, end] - paid[:, :-1])
+        loss = 0.5 * jnp.mean(residual**2) / objective.kl_weight
+        metrics: Metrics = {"residual": jnp.sqrt(jnp.mean(residual**2))}
+        return loss, metrics

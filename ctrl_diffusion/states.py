@@ -1,0 +1,109 @@
+"""The law of the states that a policy is trained on: its own, a buffer of past paths, or the reference's."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from .objective import Rollout
+from .process import Params
+
+Priority = Any  # (rewards [capacity]) -> weights [capacity], at least 0
+
+
+class AbstractStates(eqx.Module):
+    """Who samples, and what is kept."""
+
+    def behaviour(self, params: Params, reference: Params) -> Params:
+        """Parameters that sample the next batch of paths."""
+        return params
+
+    @abc.abstractmethod
+    def init(self, rollout: Rollout) -> Any:
+        """An empty memory for rollouts of these shapes (`jax.ShapeDtypeStruct`s)."""
+
+    @abc.abstractmethod
+    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        """The new memory and the paths to train on, as many as `rollout` has."""
+
+
+class OnPolicy(AbstractStates):
+    """The policy's own paths, used in the iteration that made them."""
+
+    def init(self, rollout: Rollout) -> Any:
+        return ()
+
+    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        return memory, rollout
+
+
+class Reference(AbstractStates):
+    """Paths of the reference."""
+
+    def behaviour(self, params: Params, reference: Params) -> Params:
+        return reference
+
+    def init(self, rollout: Rollout) -> Any:
+        return ()
+
+    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        return memory, rollout
+
+
+def uniform(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Every path alike."""
+    return jnp.ones_like(rewards)
+
+
+def positive_reward(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
+    """In proportion to `max(r, 0)`; every path alike if none is positive."""
+    weights = jnp.maximum(rewards, 0)
+    return jnp.where(jnp.sum(weights) > 0, weights, jnp.ones_like(weights))
+
+
+class Replay(AbstractStates):
+    """The last `capacity` paths, first in first out; each iteration draws from them, with replacement.
+
+    Exact for pathwise, matching and trajectory estimators, which hold for any law of states (`a_old` and `noise` of a stored path
+    are those of the policy that made it). Likelihood ratios against old paths are importance-weighted one step at a time only.
+    """
+
+    capacity: int = eqx.field(static=True)
+    priority: Priority = eqx.field(static=True, default=uniform)
+
+    def __check_init__(self):
+        if self.capacity < 1:
+            raise ValueError(f"capacity={self.capacity} must be at least 1 path.")
+
+    def init(self, rollout: Rollout) -> Any:
+        if self.capacity < rollout.reward.shape[0]:
+            raise ValueError(f"capacity={self.capacity} must hold at least one batch of {rollout.reward.shape[0]} paths.")
+
+        def empty(axis, like):
+            return jnp.zeros(like.shape[:axis] + (self.capacity,) + like.shape[axis + 1 :], like.dtype)
+
+        return _over_paths(empty, rollout)._replace(t=jnp.zeros(rollout.t.shape, rollout.t.dtype)), jnp.zeros((), jnp.int32)
+
+    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        stored, count = memory
+        batch = rollout.reward.shape[0]
+        rows = (count + jnp.arange(batch)) % self.capacity
+
+        def put(axis, old, new):
+            return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[rows].set(jnp.moveaxis(new, axis, 0)), 0, axis)
+
+        stored = _over_paths(put, stored, rollout)._replace(t=rollout.t)
+        filled = jnp.arange(self.capacity) < count + batch
+        weights = jnp.where(filled, self.priority(jnp.where(filled, stored.reward, -jnp.inf)), 0)
+        chosen = jax.random.choice(key, self.capacity, (batch,), p=weights / jnp.sum(weights))
+        drawn = _over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), stored)._replace(t=rollout.t)
+        return (stored, count + batch), drawn
+
+
+def _over_paths(fn, *rollouts: Rollout) -> Rollout:
+    """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is left to the caller."""
+    axes = {name: 0 if name == "reward" else 1 for name in Rollout._fields if name != "t"}
+    return Rollout(t=rollouts[0].t, **{name: fn(axis, *(getattr(r, name) for r in rollouts)) for name, axis in axes.items()})

@@ -1,0 +1,143 @@
+r"""How far a policy moves at once: by a first-order optimiser, or along the natural gradient within a KL radius.
+
+The distance between successive policies is the path KL, `KL(P^old || P^new) = sum_j E |scale_j (a_new - a_old)|^2 / 2`: one number
+in nats, the same whatever the step count.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from .exploration import shift
+from .objective import Objective, Rows
+from .process import Params
+
+Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+
+class AbstractTrustRegion(eqx.Module):
+    """Changes parameters to lower a loss, on minibatches and once per iteration on all rows."""
+
+    @abc.abstractmethod
+    def init(self, params: Params) -> Any:
+        """State of the optimiser."""
+
+    @abc.abstractmethod
+    def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows) -> tuple[Params, Any, dict[str, Any]]:
+        """One update on a minibatch."""
+
+    def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
+        """One update on all rows of an iteration."""
+        return params, {}
+
+
+class FirstOrder(AbstractTrustRegion):
+    """An optax optimiser on minibatches; a clip, a mask or a proximal price of the estimator bounds the step."""
+
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+
+    def init(self, params: Params) -> optax.OptState:
+        return self.optimizer.init(params)
+
+    def minibatch(self, loss: Loss, params: Params, state: optax.OptState, rows: Rows):
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        change, state = self.optimizer.update(gradient, state, params)
+        return (
+            optax.apply_updates(params, change),
+            state,
+            metrics | {"policy_loss": value, "gradient_norm": optax.tree.norm(gradient)},
+        )
+
+
+class NaturalGradient(AbstractTrustRegion):
+    r"""TRPO: the direction `F^{-1} g` by conjugate gradient, the longest step of KL `radius`, halved until it holds.
+
+    `F` is the Hessian of the path KL at the old policy, `sum_j E (scale_j da/dtheta)^T (scale_j da/dtheta)`, applied by one jvp and
+    one vjp. A step is taken if the *measured* path KL (on all rows, not its quadratic model) is at most `radius` and the loss is
+    lower; after `backtracks` halvings without one, the parameters stay. Schulman et al. 2015, appendix C.
+
+    Args:
+        radius: nats of path KL per iteration.
+        iterations: of conjugate gradient.
+        damping: `F + damping trace-free identity`, nats per squared parameter.
+        backtracks: halvings of the step.
+        fisher_rows: rows that `F` is averaged over (the first ones of a shuffled batch); `None`: all.
+    """
+
+    radius: float = eqx.field(static=True)
+    iterations: int = eqx.field(static=True, default=10)
+    damping: float = eqx.field(static=True, default=1e-3)
+    backtracks: int = eqx.field(static=True, default=10)
+    fisher_rows: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if not self.radius > 0:
+            raise ValueError(f"radius={self.radius} must be positive: it is the path KL of an update, in nats.")
+        if not self.damping >= 0 or self.iterations < 1 or self.backtracks < 0:
+            raise ValueError(
+                f"damping={self.damping} and backtracks={self.backtracks} must be at least 0, iterations={self.iterations} at least 1."
+            )
+
+    def init(self, params: Params) -> Any:
+        return ()
+
+    def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows):
+        value, metrics = loss(params, rows)
+        return params, state, metrics | {"policy_loss": value}
+
+    def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
+        (before, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        some = rows if self.fisher_rows is None else jax.tree.map(lambda v: v[: self.fisher_rows], rows)
+
+        def damped(v):
+            return optax.tree.add_scale(fisher_product(objective, params, some, v), self.damping, v)
+
+        direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, maxiter=self.iterations)
+        curvature = optax.tree.vdot(direction, damped(direction))
+        longest = jnp.sqrt(2 * self.radius / jnp.maximum(curvature, jnp.finfo(before.dtype).tiny))
+
+        def attempt(i):
+            candidate = optax.tree.add_scale(params, -longest * 0.5**i, direction)
+            return candidate, moved_kl(objective, candidate, params, rows), loss(candidate, rows)[0]
+
+        def rejected(carry):
+            i, _, kl, after = carry
+            return (i <= self.backtracks) & ~((kl <= self.radius) & (after < before))
+
+        def halve(carry):
+            i = carry[0] + 1
+            return (i, *attempt(i))
+
+        i, candidate, kl, after = jax.lax.while_loop(rejected, halve, (jnp.zeros((), jnp.int32), *attempt(0)))
+        taken = i <= self.backtracks
+        params = jax.tree.map(lambda new, old: jnp.where(taken, new, old), candidate, params)
+        metrics = {
+            "update_kl": jnp.where(taken, kl, 0.0),
+            "backtracks": i.astype(before.dtype),
+            "surrogate_gain": jnp.where(taken, before - after, 0.0),
+            "gradient_norm": optax.tree.norm(gradient),
+        }
+        return params, metrics
+
+
+def moved_kl(objective: Objective, params: Params, old: Params, rows: Rows) -> Float[Array, ""]:
+    """Path KL from the policy `old` to the policy `params`, nats: mean over rows of a step's KL, times the number of steps."""
+    z = shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), objective.control(old, rows.j, rows.x))
+    return objective.intervals * jnp.mean(0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
+
+
+def fisher_product(objective: Objective, params: Params, rows: Rows, vector: Params) -> Params:
+    """`F v`, with `F` the Hessian of `moved_kl(params, old)` at `params = old`."""
+
+    def scaled(params):
+        return shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), 0.0)
+
+    _, tangent = jax.jvp(scaled, (params,), (vector,))
+    _, vjp = jax.vjp(scaled, params)
+    return vjp(objective.intervals / tangent.shape[0] * tangent)[0]
