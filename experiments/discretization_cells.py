@@ -1,0 +1,204 @@
+"""What a policy is worth under another discretisation: samplers that one compilation serves at every step count, and distances.
+
+A compiled sampler takes its grid as an argument, padded with repeats of its last time. Solvers with one Gaussian transition per
+step run as the affine chain that they are where there is noise, which gives the path KL along the way.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+import ctrl_diffusion as cd
+from ctrl_diffusion import solvers
+from ctrl_diffusion.optimum import Estimate
+from ctrl_diffusion.solvers import KeyedPath, levy_area_for, sample_keys, standard_normal, terms_for
+
+
+class SolverChoice(NamedTuple):
+    """A solver, its network evaluations per step, and whether a noisy step of it is one Gaussian transition."""
+
+    solver: dfx.AbstractSolver
+    evaluations: int
+    gaussian: bool = False
+
+
+SOLVERS: dict[str, SolverChoice] = {
+    "ExponentialEuler": SolverChoice(solvers.ExponentialEuler(), 1, gaussian=True),
+    "DDIM": SolverChoice(solvers.DDIM(), 1, gaussian=True),
+    "Euler": SolverChoice(dfx.Euler(), 1, gaussian=True),
+    "DPMSolverPP2M": SolverChoice(solvers.DPMSolverPP2M(), 1),
+    "DPMSolverPP3M": SolverChoice(solvers.DPMSolverPP3M(), 1),
+    "UniPC": SolverChoice(solvers.UniPC(2), 1),
+    "ERSDE": SolverChoice(solvers.ERSDE(2), 1),
+    "ExponentialAdamsBashforth": SolverChoice(solvers.ExponentialAdamsBashforth(2), 1),
+    "DPMSolver2S": SolverChoice(solvers.DPMSolver2S(), 2),
+    "ExponentialHeun": SolverChoice(solvers.ExponentialHeun(), 2),
+    "Heun": SolverChoice(dfx.Heun(), 2),
+}
+
+
+class PaddedGrid(dfx.AbstractStepSizeController):
+    """Steps to the times `ts` until the end of the solve, which may come before the end of `ts`."""
+
+    ts: Float[Array, " n"]
+
+    def wrap(self, direction):
+        return type(self)(self.ts * direction)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return self.ts[1], 2
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+        return True, t1, self.ts[controller_state], False, controller_state + 1, dfx.RESULTS.successful
+
+
+def padded(grid: np.ndarray, length: int) -> Float[Array, " length"]:
+    """`grid` in single precision, with its last time repeated up to `length` times."""
+    return jnp.asarray(np.append(grid, np.full(length - len(grid), grid[-1])), jnp.float32)
+
+
+Draw = Callable[[Any, Any, np.ndarray, Key[Array, " b"]], tuple[Float[Array, "b *x"], Float[Array, " b"] | None]]
+
+
+class Samplers:
+    """`draw(params, reference, grid, keys)`: final states, and path KLs where they are defined, at any step count.
+
+    The samples are those of `ctrl_diffusion.Sampler` with the same solver, grid and keys, up to rounding.
+    """
+
+    def __init__(self, control, schedule: cd.schedules.AbstractSchedule, shape: tuple[int, ...], max_steps: int):
+        self.control, self.schedule, self.shape, self.length = control, schedule, shape, max_steps + 1
+        self._chain = {with_kl: self._compile_chain(with_kl) for with_kl in (True, False)}
+
+    def process(self, eta: float) -> cd.DiffusionProcess:
+        return cd.DiffusionProcess(self.schedule, eta)
+
+    def draw(self, solver: dfx.AbstractSolver, eta: float) -> Draw:
+        """For any solver; no path KL."""
+        process, control, shape = self.process(eta), self.control, self.shape
+
+        @jax.jit
+        def solve(params, ts, keys):
+            keys = jax.vmap(jax.random.split)(keys)
+            path = KeyedPath(ts=ts, keys=keys[:, 1], shape=shape, levy_area=levy_area_for(solver)) if eta > 0 else None
+            solution = dfx.diffeqsolve(
+                terms_for(solver, process.term(control, path)), solver, ts[0], ts[-1], None,
+                process.initial(keys[:, 0], shape, ts.dtype), (params, None), saveat=dfx.SaveAt(t1=True),
+                stepsize_controller=PaddedGrid(ts), adjoint=dfx.ForwardMode(), max_steps=len(ts), throw=False,
+            )  # fmt: skip
+            return jnp.asarray(solution.ys)[0]
+
+        return lambda params, reference, grid, keys: (solve(params, padded(grid, self.length), keys), None)
+
+    def draw_chain(self, solver: dfx.AbstractSolver, eta: float, with_kl: bool = True) -> Draw:
+        """For solvers with a Gaussian transition at `eta > 0`: `x' = phi x + psi a + std xi`, and the KL of every step."""
+        process = self.process(eta)
+        transition = jax.jit(jax.vmap(lambda t0, t1: process.transition(solver, t0, t1)))
+
+        def draw(params, reference, grid, keys):
+            ts = padded(grid, self.length)
+            rows = jnp.stack([ts[:-1], *transition(ts[:-1], ts[1:])], axis=1)  # those of the padding are not used
+            x, kl = self._chain[with_kl](params, reference, rows, jnp.asarray(len(grid) - 1), keys)
+            return x, kl if with_kl else None
+
+        return draw
+
+    def _compile_chain(self, with_kl: bool):
+        control, shape, initial = self.control, self.shape, self.process(1.0).initial
+
+        @jax.jit
+        def chain(params, reference, rows, count, keys):
+            keys = jax.vmap(jax.random.split)(keys)
+
+            def step(i, carry):
+                x, kl = carry
+                t, phi, psi, std = rows[i]
+                a = control(params, t, x, None)
+                if with_kl:
+                    a_ref = control(reference, t, x, None)
+                    kl = kl + cd.step_kl((psi / std)[None], a[None], a_ref[None])[0]
+                return phi * x + psi * a + std * standard_normal(keys[:, 1], 2 * i, shape, x.dtype), kl  # KeyedPath's noise
+
+            x = initial(keys[:, 0], shape)
+            return jax.lax.fori_loop(0, count, step, (x, jnp.zeros(len(x), x.dtype)))
+
+        return chain
+
+
+def collect(draw: Draw, params, reference, grid: np.ndarray, key, n: int, chunk: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """`n` samples and path KLs, `chunk` at a time; sample `i` depends on `fold_in(key, i)` alone."""
+    keys, xs, kls = sample_keys(key, n), [], []
+    for i in range(0, n, chunk):
+        rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)
+        x, kl = draw(params, reference, grid, keys[rows])
+        xs.append(np.asarray(x)[: n - i])
+        if kl is not None:
+            kls.append(np.asarray(kl)[: n - i])
+    return np.concatenate(xs), np.concatenate(kls) if kls else None
+
+
+class Target(NamedTuple):
+    """A weighted sample of the law to compare with: `[m, d]`, and weights `[m]` that sum to 1."""
+
+    y: np.ndarray
+    weights: np.ndarray
+    row_means: np.ndarray  # E|y_j - Y|, the sample itself left out
+    mean: float  # E|Y - Y'|
+
+
+def make_target(y: np.ndarray, weights: np.ndarray) -> Target:
+    """A target of samples `[m, *y]` and their normalised weights."""
+    y = np.asarray(y, np.float64).reshape(len(y), -1)
+    sums = distances(y, y) @ weights
+    return Target(y, weights, sums / (1 - weights), float(weights @ sums / (1 - np.sum(weights**2))))
+
+
+def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`|x_i - y_j|`, `[n, m]`; the distance of a sample to itself comes out at rounding, 1e-7."""
+    squared = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1) - 2 * x @ y.T
+    return np.sqrt(np.maximum(squared, 0, out=squared), out=squared)
+
+
+def energy_distance(x: np.ndarray, target: Target) -> Estimate:
+    r"""`2 E|X - Y| - E|X - X'| - E|Y - Y'|` with Euclidean norms: 0 if and only if the laws are the same.
+
+    Unbiased in `x` (U-statistic; the weights of the target are taken as given), so it may come out negative. The standard error is
+    that of the linear part, over both samples: it misses the noise that remains where the laws agree (`noise_floor`).
+    """
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    n, w, cross = len(x), target.weights, distances(x, target.y)
+    to_y, to_x, within = cross @ w, cross.mean(axis=0), distances(x, x).sum(axis=1) / (n - 1)
+    influence_x, influence_y = 2 * (to_y - within), 2 * (to_x - target.row_means)
+    centred = influence_y - w @ influence_y
+    variance = influence_x.var(ddof=1) / n + float(np.sum((w * centred) ** 2))
+    return Estimate(float(2 * to_y.mean() - within.mean() - target.mean), float(np.sqrt(variance)))
+
+
+def noise_floor(y: np.ndarray, weights: np.ndarray, n: int, repeats: int, seed: int) -> float:
+    """Root mean square energy distance between `n` draws from one half of the weighted sample and the other half."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(repeats):
+        first, second = np.array_split(rng.permutation(len(y)), 2)
+        p, q = weights[first] / weights[first].sum(), weights[second] / weights[second].sum()
+        found.append(energy_distance(y[rng.choice(first, n, p=p)], make_target(y[second], q)).mean)
+    return float(np.sqrt(np.mean(np.square(found))))
+
+
+def bandwidth_of(images: np.ndarray) -> float:
+    """Half the median distance between pairs of 512 images: the scale of the Vendi score."""
+    flat = images[np.random.default_rng(0).permutation(len(images))[:512]].reshape(min(512, len(images)), -1)
+    half = len(flat) // 2
+    return float(np.median(np.linalg.norm(flat[:half] - flat[half : 2 * half], axis=1))) / 2
+
+
+def as_choices(names: Sequence[str]) -> dict[str, SolverChoice]:
+    """The solvers of these names; `ValueError` for unknown ones."""
+    unknown = [name for name in names if name not in SOLVERS]
+    if unknown:
+        raise ValueError(f"solvers: {unknown[0]!r} is not one of {', '.join(SOLVERS)}.")
+    return {name: SOLVERS[name] for name in names}
