@@ -10,6 +10,7 @@ from . import (
 )
 from .algorithms import Algorithm as Algorithm, score_as_action as score_as_action
 from .diversity import vendi_score as vendi_score
+from .drift import DriftProcess as DriftProcess
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
 from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save
 from .networks import ResidualMLP as ResidualMLP, score_control as score_control, value_network as value_network
