@@ -228,7 +228,7 @@ def _gaussian(problem: QuadraticOU | LinearOU, keys: Key[Array, " b"]) -> Float[
     return mean + jnp.sqrt(variance) * standard_normal(keys, 0, problem.shape, jnp.asarray(mean).dtype)
 
 
-def _positive(**arguments: float) -> None:
+def _positive(**arguments: int | float) -> None:
     for name, value in arguments.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive.")

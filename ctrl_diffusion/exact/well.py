@@ -45,15 +45,15 @@ class Resolution(NamedTuple):
     """`modes` even Chebyshev polynomials on `[-half_width, half_width]`, `intervals * substeps` steps, `cells` of the table."""
 
     half_width: float = 2.5
-    modes: int = 160
+    modes: int = 128
     intervals: int = 200
     substeps: int = 2
     cells: int = 250
 
 
 _NUMERATOR, _DENOMINATOR = Polynomial([1, 2 / 5, 1 / 20]), Polynomial([1, -3 / 5, 3 / 20, -1 / 60])  # (2, 3) Pade of exp
-_POLES = np.asarray(_DENOMINATOR.roots(), complex)
-_RESIDUES = np.asarray(_NUMERATOR(_POLES) / _DENOMINATOR.deriv()(_POLES), complex)
+_POLES = np.asarray([z for z in _DENOMINATOR.roots() if z.imag > -1e-9], complex)  # the third is a conjugate
+_RESIDUES = np.where(_POLES.imag > 1e-9, 2, 1) * np.asarray(_NUMERATOR(_POLES) / _DENOMINATOR.deriv()(_POLES), complex)
 
 
 def _differentiation(w: np.ndarray) -> np.ndarray:
@@ -159,13 +159,21 @@ class Density(NamedTuple):
 def terminal_densities(well: Well, start: float, half_width: float = 2.5, count: int = 401) -> tuple[Density, Density, float]:
     """The reference and the optimal law of `X(T)` given `X(0) = start`, and `V(0, start)`, by the Schroedinger operator."""
     kappa, nu, noise, weight, horizon = well
+    x, energies, modes = _spectrum(kappa, noise, half_width, count)
+    ground = kappa * ((start**2 - 1) ** 2 - (x**2 - 1) ** 2) / noise**2  # log sqrt(pi(x) / pi(start))
+    mass = np.exp(ground) * (modes @ (np.exp(-horizon * energies) * (np.sinc((start - x) / (x[1] - x[0])) @ modes)))
+    mass = np.maximum(mass, 0.0) / mass.sum()
+    tilted = mass * np.exp(-nu * (x**2 - 1) ** 2 / weight)
+    return Density(x, mass), Density(x, tilted / tilted.sum()), weight * float(np.log(tilted.sum()))
+
+
+@functools.lru_cache(maxsize=16)
+def _spectrum(kappa: float, noise: float, half_width: float, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, eigenvalues and eigenvectors of the Schroedinger operator in the sinc basis."""
     x, h = np.linspace(-half_width, half_width, count, retstep=True)
     gaps = np.arange(count)[:, None] - np.arange(count)
     kinetic = np.where(gaps == 0, np.pi**2 / 3, 2 * (-1.0) ** gaps / np.where(gaps == 0, 1, gaps) ** 2)  # -d_xx h^2
     force, curvature = 4 * kappa * x * (x**2 - 1), 4 * kappa * (3 * x**2 - 1)  # U', U''
-    energies, modes = np.linalg.eigh(noise**2 / (2 * h**2) * kinetic + np.diag(force**2 / (2 * noise**2) - curvature / 2))
-    ground = kappa * ((start**2 - 1) ** 2 - (x**2 - 1) ** 2) / noise**2  # log sqrt(pi(x) / pi(start))
-    mass = np.exp(ground) * (modes @ (np.exp(-horizon * energies) * (np.sinc((start - x) / h) @ modes)))
-    mass = np.maximum(mass, 0.0) / mass.sum()
-    tilted = mass * np.exp(-nu * (x**2 - 1) ** 2 / weight)
-    return Density(x, mass), Density(x, tilted / tilted.sum()), weight * float(np.log(tilted.sum()))
+    potential = force**2 / (2 * noise**2) - curvature / 2
+    energies, modes = np.linalg.eigh(noise**2 / (2 * h**2) * kinetic + np.diag(potential))
+    return x, energies, modes
