@@ -45,7 +45,7 @@ class Resolution(NamedTuple):
     """`modes` even Chebyshev polynomials on `[-half_width, half_width]`, `intervals * substeps` steps, `cells` of the table."""
 
     half_width: float = 2.5
-    modes: int = 128
+    modes: int = 96
     intervals: int = 200
     substeps: int = 2
     cells: int = 250
