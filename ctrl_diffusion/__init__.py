@@ -34,6 +34,7 @@ from .algorithms import (
 from .citations import citation as citation
 from .critics import Critic as Critic
 from .diversity import vendi_score as vendi_score
+from .drift import DriftProcess as DriftProcess
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
 from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save
 from .networks import ResidualMLP as ResidualMLP, score_control as score_control, value_network as value_network

@@ -88,6 +88,14 @@ class AbstractControlledSDE(eqx.Module):
         scale = expand(self.control_scale_rate(t), a)
         return 0.5 * jnp.sum((scale * (a - a_ref)) ** 2, axis=tuple(range(1, a.ndim)))
 
+    def improved_action(self, t: Time, a_ref: State, value_gradient: State, kl_weight: float) -> State:
+        """`a_ref + G^2 / (lambda B) grad V`: the maximiser of `B <grad V, a - a_ref> - lambda (B/G)^2 / 2 |a - a_ref|^2`.
+
+        With the soft value `V*` it is the optimal action. `t` scalar or `[b]`.
+        """
+        _, b, g = self.coefficients(t)
+        return a_ref + expand(g**2 / (kl_weight * b), a_ref) * value_gradient
+
     def grid(self, steps: int) -> np.ndarray:
         """`steps` equal steps in control time from `t0` to `t1`."""
         return uniform(self.t0, self.t1, steps)

@@ -23,16 +23,17 @@ The optimal path law is the reference reweighted by `exp((r(X_{t1}) - V*(t0, X_{
 state is `N((mu + k S a / lambda) / D, S / D)`, and the path KL is `(E* r - J*) / lambda`.
 """
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from ..predictions import expand
 from ..process import Cond, DiffusionProcess, Params, State, Time
-
-Number = Float[Array, ""]
+from ..solvers import standard_normal
+from .problem import AbstractControlProblem, Number, total
 
 
 class TerminalLaw(NamedTuple):
@@ -74,7 +75,7 @@ class GaussianQuadratic(eqx.Module):
 
     def reward(self, x: State) -> Float[Array, " b"]:
         """`-curvature |x - target|^2 / 2`, summed over state dimensions."""
-        return -0.5 * self.curvature * _total((x - self.target) ** 2)
+        return -0.5 * self.curvature * total((x - self.target) ** 2)
 
     def marginal(self, t: Time) -> tuple[Time, Time]:
         """Mean and variance `(m, v)` of the noised data at control time `t`."""
@@ -95,7 +96,7 @@ class GaussianQuadratic(eqx.Module):
         """Soft value `V*(t, x)`; equal to `reward(x)` at `t1`."""
         miss, shrink, _ = self._miss(t, x)
         variance_cost = expand(0.5 * self.kl_weight * jnp.log(shrink), x)
-        return _total(-0.5 * self.curvature * miss**2 / expand(shrink, x) - variance_cost)
+        return total(-0.5 * self.curvature * miss**2 / expand(shrink, x) - variance_cost)
 
     def value_gradient(self, t: Time, x: State) -> State:
         """`grad V*(t, x)`."""
@@ -186,5 +187,49 @@ class GaussianQuadratic(eqx.Module):
         return -0.5 * self.curvature * ((mean - self.target) ** 2 + variance)
 
 
-def _total(x: State) -> Float[Array, " b"]:
-    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+class GaussianControl(AbstractControlProblem):
+    """`GaussianQuadratic` as a problem over states of a given shape: the same value and actions, numbers summed.
+
+    Args:
+        quadratic: the problem of one dimension, with `noise_start=True`: a simulation starts as the process does.
+        shape: shape of one state.
+        steps: the usual number of steps.
+    """
+
+    quadratic: GaussianQuadratic
+    shape: tuple[int, ...] = eqx.field(static=True, default=(1,))
+    steps: int = eqx.field(static=True, default=50)
+
+    def __check_init__(self):
+        if not self.quadratic.noise_start:
+            raise ValueError("noise_start=False: the process starts from pure noise, so J* must be that of noise_start=True.")
+
+    @property
+    def process(self) -> DiffusionProcess:
+        return self.quadratic.process
+
+    @property
+    def kl_weight(self) -> float:
+        return self.quadratic.kl_weight
+
+    def reward(self, x: State) -> Float[Array, " b"]:
+        return self.quadratic.reward(x)
+
+    def reference_action(self, params: Params, t: Time, x: State, cond: Cond = None) -> State:
+        return self.quadratic.reference_action(params, t, x, cond)
+
+    def optimal_action(self, params: Params, t: Time, x: State, cond: Cond = None) -> State:
+        return self.quadratic.optimal_action(params, t, x, cond)
+
+    def value(self, t: Time, x: State) -> Float[Array, " b"]:
+        return self.quadratic.value(t, x)
+
+    def value_gradient(self, t: Time, x: State) -> State:
+        return self.quadratic.value_gradient(t, x)
+
+    def optimal_value(self) -> Number:
+        return math.prod(self.shape) * self.quadratic.optimal_value
+
+    def sample_optimal(self, keys: Key[Array, " b"]) -> Float[Array, "b *x"]:
+        mean, variance = self.quadratic.optimal_terminal
+        return mean + jnp.sqrt(variance) * standard_normal(keys, 0, self.shape, mean.dtype)

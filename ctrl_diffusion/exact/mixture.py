@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key
 
 from ..predictions import expand
 from ..process import Cond, DiffusionProcess, Params, Time
+from .problem import AbstractControlProblem
 from .tilt import AbstractTiltReward
 
 Points = Float[Array, "b d"]
@@ -40,7 +41,7 @@ def _vector(x) -> tuple[float, ...]:
 class Components(NamedTuple):
     """A mixture of Gaussians that share one isotropic variance, or (leading axis `b`) one mixture per sample."""
 
-    log_weights: Float[Array, " n"]
+    log_weights: Float[Array, "*b n"]
     means: Float[Array, "*b n d"]
     variance: Float[Array, "*b"]
 
@@ -119,7 +120,7 @@ def ring(count: int = 8, radius: float = 4 / 1.414, std: float = 0.5 / 1.414) ->
     return GaussianMixture(radius * np.stack([np.cos(angles), np.sin(angles)], axis=1), std)
 
 
-class MixtureControl(eqx.Module):
+class MixtureControl(AbstractControlProblem):
     """Mixture data, a linear or quadratic reward on `X(t1)`, path KL at `kl_weight`; states are `[b, d]`.
 
     `reference_action` and the numbers of the reweighted law hold at every `eta`; `value`, `value_gradient`, `optimal_action`
@@ -130,10 +131,15 @@ class MixtureControl(eqx.Module):
     data: GaussianMixture
     reward: AbstractTiltReward
     kl_weight: float = eqx.field(static=True)
+    steps: int = eqx.field(static=True, default=50)
 
     def __check_init__(self):
         if not self.kl_weight > 0:
             raise ValueError(f"kl_weight={self.kl_weight} must be positive.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.data.dim,)
 
     def terminal(self, dtype: Any = float) -> Components:
         """The reference law of `X(t1)`: the data noised to `tau_min`."""
@@ -173,22 +179,21 @@ class MixtureControl(eqx.Module):
         return self.kl_weight * (self.optimal_action(None, t, x) - self.reference_action(None, t, x))
 
     def value(self, t: Time, x: Points) -> Float[Array, " b"]:
-        r"""Soft value `V*(t, x) = lambda log sum_i p(i | x) E[exp(r / lambda) | x, i]`; equal to the reward at `t1`.
+        """Soft value `V*(t, x) = lambda log sum_i p(i | x) E[exp(r / lambda) | x, i]`; equal to the reward at `t1`."""
+        log_weights, means, variance = self._posterior(t, x)
+        log_mass = jax.vmap(lambda m, v: self.reward.log_mass(m, v, self.kl_weight))(means, variance)
+        return self.kl_weight * jax.nn.logsumexp(log_weights + log_mass, axis=-1)
 
-        With `X_t = scale X(t1) + sqrt(n) eps`, component `i` of `X(t1)` given `x` is
-        `N(m_i + gain (x - scale m_i), n v / (scale^2 v + n))`, `gain = scale v / (scale^2 v + n)`.
-        """
-        self._require_reversal()
-        terminal, (scale, noise) = self.terminal(x.dtype), self._noising(t, x.dtype)
-        noised = terminal.noised(scale, noise)
-        gain = (scale * terminal.variance / noised.variance)[..., None, None]
-        means = terminal.means + gain * (x[:, None, :] - noised.means)
-        variance = (noise * terminal.variance / noised.variance)[..., None]
-        log_posterior = jax.nn.log_softmax(noised.log_joint(x), axis=-1)
-        log_mass = jax.vmap(lambda m, v: self.reward.log_mass(m, v, self.kl_weight))(
-            means, jnp.broadcast_to(variance, means.shape[:2])
-        )
-        return self.kl_weight * jax.nn.logsumexp(log_posterior + log_mass, axis=-1)
+    def sample_optimal(self, keys: Key[Array, " b"]) -> Points:
+        """Draws of `X(t1)` under the optimal action: from the start's reweighted mixture, exact also if not memoryless."""
+        keys = jax.vmap(jr.split)(keys)
+        x0 = self.process.initial(keys[:, 0], self.shape, float)
+
+        def draw(log_weights, means, variance, key):
+            law = Components(jax.nn.log_softmax(log_weights), means, variance).tilted(self.reward, self.kl_weight)[0]
+            return law.sample(key[None])[0]
+
+        return jax.vmap(draw)(*self._posterior(jnp.asarray(self.process.t0, float), x0), keys[:, 1])
 
     def optimal_value(self, nodes: int = 24) -> Float[Array, ""]:
         """`J* = E V*(t0, X(t0))` for the process's own start `N(0, sigma(tau_max)^2)`, by Gauss-Hermite quadrature (`d <= 3`).
@@ -215,6 +220,20 @@ class MixtureControl(eqx.Module):
         schedule, tau, tau_end = self.process.schedule, self.process.tau(t), self._tau_end(dtype)
         scale = jnp.exp(schedule.log_alpha(tau) - schedule.log_alpha(tau_end))
         return scale, schedule.sigma_squared(tau) - scale**2 * schedule.sigma_squared(tau_end)
+
+    def _posterior(self, t: Time, x: Points) -> Components:
+        r"""The reference law of `X(t1)` given `X(t) = x`, one mixture per sample.
+
+        With `X_t = scale X(t1) + sqrt(n) eps`, component `i` of `X(t1)` given `x` is
+        `N(m_i + gain (x - scale m_i), n v / (scale^2 v + n))`, `gain = scale v / (scale^2 v + n)`.
+        """
+        self._require_reversal()
+        terminal, (scale, noise) = self.terminal(x.dtype), self._noising(t, x.dtype)
+        noised = terminal.noised(scale, noise)
+        gain = (scale * terminal.variance / noised.variance)[..., None, None]
+        means = terminal.means + gain * (x[:, None, :] - noised.means)
+        variance = jnp.broadcast_to(noise * terminal.variance / noised.variance, x.shape[:1])
+        return Components(jax.nn.log_softmax(noised.log_joint(x), axis=-1), means, variance)
 
     def _require_reversal(self) -> None:
         if self.process.eta != 1:
