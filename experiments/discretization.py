@@ -199,27 +199,20 @@ class Experiment:
             0.0, config.learning_rate, updates, max(2, filled(config.iterations)) * updates, 0.1 * config.learning_rate
         )
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-        budget: dict[str, Any] = dict(
-            batch=config.batch, optimizer=optimizer, epochs=config.epochs, minibatches=config.minibatches, clip=config.clip
+        training = cd.Training(
+            optimizer, config.batch, config.epochs, config.minibatches, optax.adam(config.value_learning_rate)
         )
-        if method == "ddpo":
-            return cd.ddpo(sampler, self.reward, **budget), lambda seed: ()
-        if method == "ddpo_kl":
-            return cd.dpok(sampler, self.reward, kl_weight=config.kl_weight, **budget), lambda seed: ()
+        objective = cd.Objective(sampler, self.reward, 0.0 if method == "ddpo" else config.kl_weight)
+        if method != "score_as_action":
+            preset = {"ddpo": cd.ddpo, "ddpo_kl": cd.dpok}[method]
+            return preset(objective, training, clip=config.clip), lambda seed: ()
 
         def value_of(seed: int):
             rngs = nnx.Rngs(self.key(seed, "value"))
             return cd.value_network(cd.ResidualMLP(self.shape, (), width=config.width // 2, depth=2, rngs=rngs))
 
         value = cd.StructuredValue(value_of(0)[0], sampler.process.t0, sampler.process.t1)
-        algorithm = cd.score_as_action(
-            sampler,
-            self.reward,
-            value,
-            kl_weight=config.kl_weight,
-            value_optimizer=optax.adam(config.value_learning_rate),
-            **budget,
-        )
+        algorithm = cd.score_as_action(objective, value, training, clip=config.clip)
         return algorithm, lambda seed: (value_of(seed)[1],)
 
     def _finetune(self, seed: int, run: RunDirectory, *, method: str, params: Any) -> tuple[Any, float]:

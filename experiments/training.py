@@ -136,7 +136,7 @@ def finetune(
 def _row(info: Info, iteration: int) -> dict[str, Any]:
     """Metrics as floats; a non-finite loss or gradient ends the run, with the last checkpoint untouched."""
     row = {name: float(v) for name, v in jax.device_get(info.metrics).items()}
-    bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not jnp.isfinite(row[name])]
+    bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not jnp.isfinite(row.get(name, 0.0))]
     if bad:
         raise FloatingPointError(
             f"{bad[0]} is {row[bad[0]]} in iteration {iteration}: the last checkpoint is kept. "
