@@ -199,13 +199,13 @@ class Experiment:
             0.0, config.learning_rate, updates, max(2, filled(config.iterations)) * updates, 0.1 * config.learning_rate
         )
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-        critic_optimizer = optax.adam(config.value_learning_rate)
-        training = cd.Training(optimizer, config.batch, config.epochs, config.minibatches, critic_optimizer)
+        training = cd.Training(
+            optimizer, config.batch, config.epochs, config.minibatches, optax.adam(config.value_learning_rate)
+        )
         objective = cd.Objective(sampler, self.reward, 0.0 if method == "ddpo" else config.kl_weight)
-        if method == "ddpo":
-            return cd.ddpo(objective, training, clip=config.clip), lambda seed: ()
-        if method == "ddpo_kl":
-            return cd.dpok(objective, training, clip=config.clip), lambda seed: ()
+        if method != "score_as_action":
+            preset = {"ddpo": cd.ddpo, "ddpo_kl": cd.dpok}[method]
+            return preset(objective, training, clip=config.clip), lambda seed: ()
 
         def value_of(seed: int):
             rngs = nnx.Rngs(self.key(seed, "value"))
