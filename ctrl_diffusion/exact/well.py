@@ -53,8 +53,8 @@ class Resolution(NamedTuple):
 
 _NUMERATOR, _DENOMINATOR = Polynomial([1, 2 / 5, 1 / 20]), Polynomial([1, -3 / 5, 3 / 20, -1 / 60])  # (2, 3) Pade of exp
 _ROOTS = np.asarray(_DENOMINATOR.roots(), complex)
-_POLES = _ROOTS[_ROOTS.imag > -1e-9]  # the third is a conjugate
-_RESIDUES = np.where(_POLES.imag > 1e-9, 2, 1) * np.asarray(_NUMERATOR(_POLES) / _DENOMINATOR.deriv()(_POLES), complex)
+_POLES = _ROOTS[np.imag(_ROOTS) > -1e-9]  # the third is a conjugate
+_RESIDUES = np.where(np.imag(_POLES) > 1e-9, 2, 1) * np.asarray(_NUMERATOR(_POLES) / _DENOMINATOR.deriv()(_POLES), complex)
 
 
 def _differentiation(w: np.ndarray) -> np.ndarray:
