@@ -32,6 +32,7 @@ from . import data as datasets
 from .classifier import LogProbabilities, train_classifier
 from .evaluation import Evaluator, Samples, summary
 from .files import write_arrays
+from .presets import Settings, choose, require_gradient, value_for
 from .report import write_report
 from .rewards import REWARDS
 from .rundir import RunDirectory
@@ -49,9 +50,12 @@ class Config:
     holes (count; black box), bytes (minus compressed size; black box)."""
     digit: int = 3
     """Which digit the reward "digit" asks for, 0 to 9."""
+    algorithm: str = "score_as_action"
+    """How to fine-tune: score_as_action (PPO), score_as_action_trpo, score_as_action_published, ddpo, dpok, flow_grpo, vard,
+    soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, path_consistency."""
     kl_weight: float | None = None
     """Temperature lambda: price of path KL in reward units per nat. Default: the reward's own (digit 1, ink 1.5, holes 0.25,
-    bytes 1.5)."""
+    bytes 1.5), and 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a price."""
     eta: float = 1.0
     """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action)."""
     steps: int = 24
@@ -86,6 +90,8 @@ class Config:
     """Adam learning rate of the value network."""
     clip: float = 0.2
     """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped)."""
+    kl_radius: float = 0.05
+    """Path KL of an update, nats (only with --algorithm score_as_action_trpo)."""
     horizon: float = 0.0
     """Decay time of the advantages, control time (0: single value increments, inf: Monte Carlo returns)."""
     kl_budget: float | None = None
@@ -137,10 +143,8 @@ def run(
     network = network or cd.ResidualMLP(shape, shape, width=config.width, depth=config.depth, rngs=nnx.Rngs(config.seed))
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), config.eta)
     model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
-    exploration = cd.Brownian()
-    if config.exploration == "action":
-        exploration = cd.ActionNoise(config.exploration_strength, config.exploration_substeps)
-    exploration.scales(model.sampler)  # refuses what does not fit, before anything is written
+    has_gradient = as_reward(reward).differentiable if reward is not None else REWARDS[config.reward].differentiable
+    _algorithm(config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight)  # refuses what does not fit
 
     directory = RunDirectory(config.out, _settings(config, kl_weight, reward, data, network))
     if directory.metrics is not None:
@@ -174,19 +178,7 @@ def run(
     held_out = _held_out(judge, None if reward is not None or config.reward != "digit" else config.digit)
 
     print(f"[3/4] fine-tuning for {chosen.name!r} at {kl_weight:g} per nat of path KL")
-    value_net = cd.ResidualMLP(shape, (), width=config.width // 2, depth=2, rngs=nnx.Rngs(config.seed + 1))
-    value_fn, value_params = cd.value_network(value_net)
-    updates = config.epochs * config.minibatches
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, updates, max(2, config.iterations) * updates, 0.1 * config.learning_rate
-    )
-    objective = cd.Objective(model.sampler, chosen, kl_weight, exploration=exploration)
-    training = cd.Training(
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
-        optax.adam(config.value_learning_rate),
-    )  # fmt: skip
-    value = cd.StructuredValue(value_fn, process.t0, process.t1)
-    algorithm = cd.score_as_action(objective, value, training, clip=config.clip, horizon=config.horizon)
+    algorithm, value_params = _algorithm(config, model.sampler, chosen, kl_weight)
 
     def evaluate_now(params) -> dict[str, Any]:
         found = evaluator.samples(params, keys["evaluation"], config.evaluation_samples // 4)
@@ -230,7 +222,10 @@ def run(
         "finetune_seconds": progress.seconds,
         "iterations": progress.iterations,
         "stop_reason": progress.stop_reason,
-        **_evaluations(config, progress.iterations),
+        "network_evaluations": progress.iterations * algorithm.calls.network,
+        "network_gradient_evaluations": progress.iterations * algorithm.calls.gradient,
+        "reward_evaluations": progress.iterations * algorithm.calls.reward,
+        "pretrain_gradient_evaluations": config.pretrain_steps * config.pretrain_batch,
         "wall_seconds": time.perf_counter() - begin,
         "peak_rss_bytes": _peak_rss(),
     }
@@ -239,6 +234,28 @@ def run(
     report = write_report(config.out)
     _print_summary(metrics, report)
     return metrics
+
+
+def _algorithm(config: Config, sampler: cd.Sampler, reward: cd.Reward, kl_weight: float) -> tuple[cd.Algorithm, Any]:
+    """The algorithm by its name, and initial parameters of its value."""
+    require_gradient(config.algorithm, reward)
+    exploration = cd.Brownian()
+    if config.exploration == "action":
+        exploration = cd.ActionNoise(config.exploration_strength, config.exploration_substeps)
+    objective = cd.Objective(sampler, reward, kl_weight, exploration=exploration)
+    network = cd.ResidualMLP(sampler.shape, (), width=config.width // 2, depth=2, rngs=nnx.Rngs(config.seed + 1))
+    value_fn, value_params = cd.value_network(network)
+    updates = config.epochs * config.minibatches
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, updates, max(2, config.iterations) * updates, 0.1 * config.learning_rate
+    )
+    training = cd.Training(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
+        optax.adam(config.value_learning_rate),
+    )  # fmt: skip
+    choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
+    algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))
+    return algorithm, value_params if choice.learns_value else ()
 
 
 _STREAMS = ("classifier", "pretrain", "reference", "finetune", "evaluation")
@@ -267,7 +284,10 @@ def _check(config: Config, reward, images: datasets.Images) -> float:
         raise ValueError(
             "reference_samples and evaluation_samples must be at least 2 and 8: standard errors need several samples."
         )
+    choice = choose(config.algorithm)
     if config.kl_weight is None:
+        if not choice.priced:
+            return 0.0
         if reward is not None:
             raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
         return REWARDS[config.reward].kl_weight
@@ -340,17 +360,6 @@ def _diversities(data: np.ndarray, reference: np.ndarray, final: np.ndarray, opt
     bandwidth = float(np.median(distances)) / 2
     sets = {"": final[:512], "_reference": reference[:512], "_optimum": optimum[:512], "_data": data[rows]}
     return {f"diversity{name}": cd.vendi_score(x, bandwidth) for name, x in sets.items()}
-
-
-def _evaluations(config: Config, iterations: int) -> dict[str, int]:
-    """Network calls on one sample that training made (not the evaluations): forward alone, and forward with gradient."""
-    paths = iterations * config.batch * config.steps
-    substeps = config.exploration_substeps if config.exploration == "action" else 1
-    return {
-        "network_evaluations": paths * (substeps + 2),  # the paths, then old and reference actions
-        "network_gradient_evaluations": paths * config.epochs,
-        "pretrain_gradient_evaluations": config.pretrain_steps * config.pretrain_batch,
-    }
 
 
 def _count(params) -> int:

@@ -15,10 +15,11 @@ from .classifier import LogProbabilities
 
 
 class Choice(NamedTuple):
-    """A reward by name: how to make it, its default price (reward units per nat), and what it is."""
+    """A reward by name: how to make it, its default price (reward units per nat), whether it has a gradient, and what it is."""
 
     make: Callable[[LogProbabilities | None, int], Reward]
     kl_weight: float
+    differentiable: bool
     description: str
 
 
@@ -53,8 +54,8 @@ def _digit(log_probabilities: LogProbabilities | None, digit: int) -> Reward:
 
 
 REWARDS: dict[str, Choice] = {
-    "digit": Choice(_digit, 1.0, "a frozen classifier's log-probability of one digit, nats (differentiable)"),
-    "ink": Choice(lambda *_: differentiable(ink, "ink"), 1.5, "fully inked pixels, 0 to 64 (differentiable)"),
-    "holes": Choice(lambda *_: black_box(holes, "holes"), 0.25, "number of holes, by connected components (black box)"),
-    "bytes": Choice(lambda *_: black_box(compressed_bytes, "bytes"), 1.5, "minus zlib bytes at 17 grey levels (black box)"),
+    "digit": Choice(_digit, 1.0, True, "a frozen classifier's log-probability of one digit, nats"),
+    "ink": Choice(lambda *_: differentiable(ink, "ink"), 1.5, True, "fully inked pixels, 0 to 64"),
+    "holes": Choice(lambda *_: black_box(holes, "holes"), 0.25, False, "number of holes, by connected components"),
+    "bytes": Choice(lambda *_: black_box(compressed_bytes, "bytes"), 1.5, False, "minus zlib bytes at 17 grey levels"),
 }

@@ -147,8 +147,10 @@ def compose(
         columns = Rows(
             j, x, x_next, rollout.noise, rollout.a_old, rollout.a_ref, rollout.x_hat, rollout.r_hat, tail, target, signal
         )
-        residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
-        metrics = {"value_explained_variance": 1 - residual, "signal_std": jnp.std(signal)}
+        metrics = {"signal_std": jnp.std(signal)}
+        if critic.optimizer is not None:
+            residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
+            metrics["value_explained_variance"] = 1 - residual
         if estimator.whole_paths:
             return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), columns), metrics
         return jax.tree.map(lambda v: v[starts].reshape((rows_in_all,) + v.shape[2:]), columns), metrics

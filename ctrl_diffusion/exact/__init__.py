@@ -13,7 +13,7 @@ from .catalogue import (
     ring_linear as ring_linear,
     ring_quadratic as ring_quadratic,
 )
-from .double_well import DoubleWell as DoubleWell
+from .double_wells import DoubleWell as DoubleWell
 from .gaussian import (
     GaussianControl as GaussianControl,
     GaussianQuadratic as GaussianQuadratic,
@@ -21,9 +21,12 @@ from .gaussian import (
 )
 from .measure import (
     FineGap as FineGap,
+    PathIntegrals as PathIntegrals,
     control_l2_error as control_l2_error,
     fine_gap as fine_gap,
     objective as objective,
+    path_integrals as path_integrals,
+    squared_distance as squared_distance,
 )
 from .mixture import (
     Components as Components,

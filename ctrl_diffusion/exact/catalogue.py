@@ -5,7 +5,7 @@ problems = {make.__name__: make for make in exact.CATALOGUE}
 
 from ..process import DiffusionProcess
 from ..schedules import VPLinear
-from .double_well import DoubleWell
+from .double_wells import DoubleWell
 from .gaussian import GaussianControl, GaussianQuadratic
 from .mixture import MixtureControl, ring
 from .ornstein_uhlenbeck import LinearOU, QuadraticOU

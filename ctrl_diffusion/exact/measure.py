@@ -96,8 +96,50 @@ def objective(
     return mean_and_error(returns - price)
 
 
+class PathIntegrals(NamedTuple):
+    """Per path: `lambda int k |a - a_ref|^2 dt` and `r - int f dt`, float64 `[b]`, and the final states `[b, *shape]`."""
+
+    price: np.ndarray
+    returns: np.ndarray
+    final: np.ndarray
+
+
+def path_integrals(
+    problem: AbstractControlProblem,
+    control: ControlFn,
+    params: Params,
+    keys: Key[Array, " b"],
+    *,
+    steps: int | None = None,
+    solver: dfx.AbstractSolver | None = None,
+    chunk: int = 512,
+) -> PathIntegrals:
+    """What every path of a control pays and earns, and where it ends; arguments as `fine_gap`."""
+    return PathIntegrals(*_all(problem, control, control, problem.reference_action, params, keys, steps, solver, chunk))
+
+
+def squared_distance(
+    problem: AbstractControlProblem,
+    control: ControlFn,
+    other: ControlFn,
+    params: Params,
+    keys: Key[Array, " b"],
+    *,
+    steps: int | None = None,
+    solver: dfx.AbstractSolver | None = None,
+    chunk: int = 512,
+) -> Estimate:
+    """`lambda E int k |a - other|^2 dt` along the control's own paths, reward units; arguments as `fine_gap`."""
+    return mean_and_error(_paths(problem, control, control, other, params, keys, steps, solver, chunk)[0])
+
+
 def _paths(problem, drive, control, other, params, keys, steps, solver, chunk) -> tuple[np.ndarray, np.ndarray]:
-    """`lambda int k |control - other|^2 dt` and `r - int f dt` along paths of `drive`, float64 `[b]`."""
+    """The first two of `_all`."""
+    return _all(problem, drive, control, other, params, keys, steps, solver, chunk)[:2]
+
+
+def _all(problem, drive, control, other, params, keys, steps, solver, chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`lambda int k |control - other|^2 dt` and `r - int f dt` along paths of `drive`, and their ends, float64 `[b]`."""
     steps = FINE * problem.steps if steps is None else steps
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1.")
@@ -108,8 +150,8 @@ def _paths(problem, drive, control, other, params, keys, steps, solver, chunk) -
         first = min(start, total - size)  # the last chunk overlaps the one before
         done = _integrals(problem, drive, control, other, params, keys[first : first + size], steps, solver)
         parts.append([np.asarray(z, np.float64)[start - first :] for z in done])
-    price, returns = (np.concatenate(column) for column in zip(*parts))
-    return price, returns
+    price, returns, final = (np.concatenate(column) for column in zip(*parts))
+    return price, returns, final
 
 
 @eqx.filter_jit
@@ -123,4 +165,4 @@ def _integrals(problem, drive, control, other, params, keys, steps, solver):
         return process.kl_rate(t, control(params, t, x, None), other(params, t, x, None)), process.running_cost(t, x)
 
     kl, cost = (jnp.trapezoid(rate, path.t, axis=0) for rate in jax.lax.map(rates, (path.t, path.x)))
-    return problem.kl_weight * kl, problem.reward(path.x[-1]) - cost
+    return problem.kl_weight * kl, problem.reward(path.x[-1]) - cost, path.x[-1]

@@ -1,0 +1,157 @@
+"""Every algorithm on problems whose optimum is known: how far each ends from it, and what it costs to get there.
+
+    python -m experiments.exact --out runs/exact            every algorithm on the ring, two on each other problem
+    python -m experiments.exact --quick --out runs/quick    four algorithms on the ring
+    python -m experiments.exact --full --out runs/full      everything that applies, three seeds
+
+Budgets are fixed beforehand and stated in evaluations. A run that was stopped continues with the same command.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from tqdm import tqdm
+
+from .exact_report import write_report
+from .exact_units import BUDGETS, DEFAULT, ENTRIES, PROBLEMS, Budget, solve, why_not
+from .files import write_atomic
+from .rundir import RunDirectory
+
+QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
+EVERYWHERE = ("adjoint_matching", "log_variance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which units to run. A unit is one algorithm on one problem with one seed."""
+
+    out: Path = Path("runs/exact")
+    """Folder for results, table and figures."""
+    quick: bool = False
+    """Four algorithms on the ring, with a fifth of the iterations."""
+    full: bool = False
+    """Every algorithm on every problem that it applies to, three seeds."""
+    algorithms: tuple[str, ...] = ()
+    """Only these algorithms (default: all of the selection)."""
+    problems: tuple[str, ...] = ()
+    """Only these problems (default: all of the selection)."""
+    seeds: int | None = None
+    """Number of seeds (default 1, with --full 3)."""
+    iterations: int | None = None
+    """Iterations of every unit (default: each algorithm's own budget)."""
+    workers: int = 2
+    """Units that run at the same time, each in a process of its own."""
+
+
+class Unit(NamedTuple):
+    algorithm: str
+    problem: str
+    seed: int
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        return f"{self.algorithm}-{self.problem}-{self.seed}"
+
+
+def units(config: Config) -> list[Unit]:
+    """The units of a configuration, the ring first."""
+    for name, known in {"algorithms": ENTRIES, "problems": PROBLEMS}.items():
+        unknown = [v for v in getattr(config, name) if v not in known]
+        if unknown:
+            raise ValueError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}.")
+    if config.quick and config.full:
+        raise ValueError("quick=True and full=True: choose one.")
+    seeds = (3 if config.full else 1) if config.seeds is None else config.seeds
+    for name, number in {"seeds": seeds, "workers": config.workers, "iterations": config.iterations or 1}.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+    chosen = [
+        Unit(algorithm, problem, seed, _budget(config, algorithm))
+        for problem in (config.problems or PROBLEMS)
+        for algorithm in (config.algorithms or ENTRIES)
+        for seed in range(seeds)
+        if why_not(algorithm, problem) is None and (config.full or _selected(config, algorithm, problem))
+    ]
+    if not chosen:
+        raise ValueError("no algorithm of this selection applies to a problem of it: see docs/exact.md, or add --full.")
+    return chosen
+
+
+def _selected(config: Config, algorithm: str, problem: str) -> bool:
+    if config.quick:
+        return problem == "ring_linear" and algorithm in QUICK
+    return problem == "ring_linear" or algorithm in EVERYWHERE or bool(config.algorithms)
+
+
+def _budget(config: Config, algorithm: str) -> Budget:
+    budget = BUDGETS.get(algorithm, DEFAULT)
+    if config.iterations is not None:
+        return budget._replace(iterations=config.iterations)
+    return budget._replace(iterations=max(1, budget.iterations // 5)) if config.quick else budget
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run what is missing, and write `metrics.json`, `table.md` and the figures; returns the metrics."""
+    todo = units(config)
+    settings = dataclasses.asdict(config) | {"units": [[*unit[:3], list(unit.budget)] for unit in todo]}
+    directory = RunDirectory(config.out, {k: v for k, v in settings.items() if k not in ("out", "workers")})
+    if directory.metrics is not None:
+        print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
+        return directory.metrics
+    folder = config.out / "units"
+    folder.mkdir(exist_ok=True)
+    missing = [unit for unit in todo if not (folder / f"{unit.name}.json").exists()]
+    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
+        for unit, result in _results(missing, config.workers):
+            write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+            bar.update()
+            bar.set_postfix_str(f"{unit.name}: gap {result['relative_gap']}")
+    found = [json.loads((folder / f"{unit.name}.json").read_text()) for unit in todo]
+    metrics = {"results": [{k: v for k, v in result.items() if k != "history"} for result in found]}
+    write_report(config.out, found)
+    directory.finish(metrics)
+    print((config.out / "table.md").read_text())
+    return metrics
+
+
+def _results(todo: list[Unit], workers: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    if workers == 1 or len(todo) < 2:
+        for unit in todo:
+            yield unit, _solve(unit)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
+        pending = {pool.submit(_solve, unit): unit for unit in todo}
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                yield pending[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _solve(unit: Unit) -> dict[str, Any]:
+    return solve(unit.algorithm, unit.problem, unit.seed, unit.budget)
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.exact")
+    try:
+        run(config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The algorithms that the command line knows by name, each with what it needs and what its paper prices."""
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ctrl_diffusion as cd
+from ctrl_diffusion.critics import returns
+from ctrl_diffusion.values import AbstractValue
+
+
+class Settings(NamedTuple):
+    """What a choice is made from; a choice takes what concerns it."""
+
+    objective: cd.Objective
+    value: AbstractValue
+    training: cd.Training
+    clip: float = 0.2
+    horizon: float = 0.0
+    kl_radius: float = 0.05
+
+
+class Choice(NamedTuple):
+    """An algorithm by name: how it is made, and what it is.
+
+    Attributes:
+        make: from `Settings` to an `Algorithm`.
+        learns_value: whether it trains the value network.
+        priced: whether the published method prices the path KL; if not, its default price is 0.
+        differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
+    """
+
+    make: Callable[[Settings], cd.Algorithm]
+    description: str
+    learns_value: bool = False
+    priced: bool = True
+    differentiates: bool = False
+
+
+def _trpo(s: Settings) -> cd.Algorithm:
+    rows = s.objective.intervals * s.training.batch
+    region = cd.NaturalGradient(s.kl_radius, fisher_rows=min(rows, 4096))
+    return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
+
+
+ALGORITHMS: dict[str, Choice] = {
+    "score_as_action": Choice(
+        lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, horizon=s.horizon),
+        "continuous-time PPO with a structured value",
+        learns_value=True,
+    ),
+    "score_as_action_trpo": Choice(_trpo, "the same with a natural gradient in a KL radius", learns_value=True),
+    "score_as_action_published": Choice(
+        lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, target=returns),
+        "the same with the value of the terminal reward alone, as published",
+        learns_value=True,
+    ),
+    "ddpo": Choice(lambda s: cd.ddpo(s.objective, s.training, clip=s.clip), "likelihood ratio of the return", priced=False),
+    "dpok": Choice(lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL"),
+    "flow_grpo": Choice(
+        lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip), "group-relative returns and a KL penalty"
+    ),
+    "vard": Choice(
+        lambda s: cd.vard(s.objective, s.value, s.training),
+        "gradient of a learned mean value through one step",
+        learns_value=True,
+    ),
+    "soft_vard": Choice(
+        lambda s: cd.soft_vard(s.objective, s.value, s.training), "the same with the learned soft value", learns_value=True
+    ),
+    "sqdf": Choice(
+        lambda s: cd.sqdf(s.objective, s.training),
+        "gradient of the posterior mean's reward, replayed states",
+        differentiates=True,
+    ),
+    "draft": Choice(
+        lambda s: cd.draft(s.objective, s.training), "gradient through the whole chain", priced=False, differentiates=True
+    ),
+    "draft_1": Choice(
+        lambda s: cd.draft(s.objective, s.training, steps=1),
+        "gradient through the last step",
+        priced=False,
+        differentiates=True,
+    ),
+    "alignprop": Choice(
+        lambda s: cd.alignprop(s.objective, s.training), "draft in small memory", priced=False, differentiates=True
+    ),
+    "refl": Choice(lambda s: cd.refl(s.objective, s.training), "reward of late guesses", priced=False, differentiates=True),
+    "adjoint_matching": Choice(
+        lambda s: cd.adjoint_matching(s.objective, s.training), "regression on the lean adjoint", differentiates=True
+    ),
+    "rwr": Choice(lambda s: cd.rwr(s.objective, s.training), "reward-weighted likelihood of the reference's paths"),
+    "vidd": Choice(lambda s: cd.vidd(s.objective, s.training), "value-weighted likelihood of the reference's steps"),
+    "log_variance": Choice(lambda s: cd.log_variance(s.objective, s.training), "log-variance of path weights"),
+    "path_consistency": Choice(
+        lambda s: cd.path_consistency(s.objective, s.value, s.training),
+        "soft consistency with a learned value",
+        learns_value=True,
+    ),
+}
+
+
+def choose(name: str) -> Choice:
+    """The algorithm of this name; `ValueError` with a suggestion for an unknown one."""
+    if name not in ALGORITHMS:
+        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}.{hint}")
+    return ALGORITHMS[name]
+
+
+def value_for(reward: cd.Reward, network, process) -> AbstractValue:
+    """A structured value, or for a black-box reward, which has no gradient to give, a plain one."""
+    form = cd.StructuredValue if reward.differentiable else cd.PlainValue
+    return form(network, process.t0, process.t1)
+
+
+def require_gradient(name: str, reward: cd.Reward) -> None:
+    """Raise if the algorithm differentiates a reward that is a black box, and say what would work."""
+    if choose(name).differentiates and not reward.differentiable:
+        others = ", ".join(other for other, choice in ALGORITHMS.items() if not choice.differentiates)
+        raise ValueError(
+            f"algorithm={name!r} differentiates the reward, and reward={reward.name!r} is a black box. Use one of {others}; or a "
+            "differentiable reward."
+        )
