@@ -79,7 +79,7 @@ DIFFRAX_SDE = [
     _case(SDE, dfx.SRA1(), 2, 2, order=2, name="diffrax.SRA1"),
     _case(SDE, dfx.ShARK(), 2, 2, order=2, name="diffrax.ShARK"),
     _case(SDE, dfx.SPaRK(), 3, 2, order=2, name="diffrax.SPaRK"),
-    _case(SDE, dfx.SlowRK(), 4, 2, order=2, name="diffrax.SlowRK"),
+    _case(SDE, dfx.SlowRK(), 2, 2, order=2, name="diffrax.SlowRK"),
 ]
 OWN_ODE = [
     _case(ODE, cds.ExponentialEuler(), 1),
