@@ -115,7 +115,8 @@ def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, call
         path = None
         if case.draws:
             solver = case.make(None, steps)
-            path = KeyedPath(jnp.asarray(grid, x0.dtype), keys[:, 1], problem.shape, levy_area_for(solver))
+            ts = jnp.asarray(grid, x0.dtype)
+            path = KeyedPath(ts=ts, keys=keys[:, 1], shape=problem.shape, levy_area=levy_area_for(solver))
         term = DiffusionTerm(process, control, path if case.eta > 0 else None)
         adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=steps) if gradient else None
         return integrate(term, case.make(path, steps), grid, x0, (params, None), adjoint=adjoint)
@@ -167,14 +168,13 @@ def count(case: Case, problem: Problem, keys, steps: int) -> int:
 def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False) -> tuple[Callable, Callable]:
     """The library's solve and the hand-written scan at equal network evaluations, compiled on their first call."""
     keys = sample_keys(jax.random.key(0), problem.batch)
-    steps = max(evaluations // (case.stages or 6), 1)
+    steps = scan_steps = max(evaluations // (case.stages or 6), 1)
     if case.stages and not (case.kind == ODE and case.name.startswith("diffrax")):
         stages, extra = case.stages, 0
     else:  # first-same-as-last and data-dependent counts
         stages, extra = divmod(count(case, problem, keys, steps), steps)
         if case.kind == ADAPTIVE:
             stages, extra, scan_steps = 1, 0, stages * steps + extra
-    scan_steps = scan_steps if case.kind == ADAPTIVE else steps
     ours = solve(case, problem, steps, gradient)
     # the tree's noise is not keyed: one draw per sample and call stands for it
     scan = hand_written(
@@ -205,7 +205,10 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
     found = []
     for run in runs:
         compiled = jax.jit(jax.grad(lambda p, k, run=run: jnp.sum(run(p, k) ** 2))).lower(problem.params, keys).compile()
-        found.append(int(compiled.memory_analysis().temp_size_in_bytes))
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            raise ValueError("this backend gives no account of memory: pass memory=False.")
+        found.append(int(analysis.temp_size_in_bytes))
     return found[0], found[1]
 
 

@@ -117,6 +117,7 @@ class BasisPath(dfx.AbstractBrownianPath):
         return self.ts[-1]
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        t1 = self.t1 if t1 is None else t1
         i = jnp.searchsorted(self.ts, 0.5 * (t0 + t1)) - 1
         rows = jnp.arange(2 * self.longest + 2)[:, None]
         dt = self.ts[i + 1] - self.ts[i]
@@ -156,6 +157,7 @@ class FinePath(dfx.AbstractBrownianPath):
         return self.ends[1]
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        t1 = self.t1 if t1 is None else t1
         dt = (self.ends[1] - self.ends[0]) / self.cells
         i, j = (jnp.round((t - self.ends[0]) / dt).astype(int) for t in (t0, t1))
         w = self.motion[j] - self.motion[i]
@@ -182,7 +184,7 @@ def affine_map(make_term, make_solver, longest):
 
     @eqx.filter_jit
     def run(ts, n):
-        path = BasisPath(ts, longest)
+        path = BasisPath(ts=ts, longest=longest)
         x0 = jnp.zeros((2 * longest + 2, 1)).at[-1].set(1.0)
         x1 = endpoint(make_term(path), make_solver(path))(x0, ts, n)[:, 0]
         return AffineMap(x1[-2], x1[-1] - x1[-2], jnp.sum((x1[:-2] - x1[-2]) ** 2))
