@@ -247,13 +247,16 @@ def _x0_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transi
 
     `h = lambda1 - lambda0` is the step in log-SNR.
 
-    `x - alpha x0` solves the homogeneous equation, hence `psi`. At `sigma1 = 0` both phi and std vanish: written without
-    `lambda1`, which is infinite there, as `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`.
+    `x - alpha x0` solves the homogeneous equation, hence `psi`. At `sigma1 = 0` both phi and std vanish: h is infinite there, and
+    is formed from `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`, which is not. The `expm1` keeps the digits of std at small steps.
     """
-    ratio = schedule.sigma(tau1) / schedule.sigma(tau0)
-    decay = (ratio * schedule.alpha(tau0) / schedule.alpha(tau1)) ** (eta**2)
-    phi = ratio * decay
-    return Transition(phi, schedule.alpha(tau1) - phi * schedule.alpha(tau0), schedule.sigma(tau1) * jnp.sqrt(1 - decay**2))
+    alpha0, alpha1 = schedule.alpha(tau0), schedule.alpha(tau1)
+    ratio, sigma1 = schedule.sigma(tau1) / schedule.sigma(tau0), schedule.sigma(tau1)
+    if eta == 0:
+        return Transition(ratio, alpha1 - ratio * alpha0, jnp.zeros_like(ratio))
+    exponent = eta**2 * jnp.log(ratio * alpha0 / alpha1)  # -eta^2 h
+    phi = ratio * jnp.exp(exponent)
+    return Transition(phi, alpha1 - phi * alpha0, sigma1 * jnp.sqrt(-jnp.expm1(2 * exponent)))
 
 
 def _epsilon_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transition:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .fit import terms_for
 from .path import KeyedPath, RecordedPath, levy_area_for
-from .term import AbstractSemilinearTerm, State
+from .term import AbstractSemilinearTerm, Scalar, State
 
 
 class Adaptive(NamedTuple):
@@ -41,8 +41,8 @@ def integrate_adaptive(
     x0: State,
     args: Any = None,
     *,
-    rtol: float = 1e-3,
-    atol: float = 1e-3,
+    rtol: float | Scalar = 1e-3,
+    atol: float | Scalar = 1e-3,
     dt0: Any = None,
     max_steps: int = 4096,
     adjoint: dfx.AbstractAdjoint | None = None,

@@ -58,13 +58,13 @@ def integrate_interpolant(moments, nodes, values, known=None):
     n = len(nodes)
     known = n if known is None else known
     nodes = [jnp.where(i < known, node, -100.0 - i).astype(jnp.result_type(node)) for i, node in enumerate(nodes)]
-    column = list(values)  # divided differences of one order
+    column = list(jnp.eye(n, dtype=jnp.result_type(*nodes)))  # divided differences of one order, as weights of the values
     basis = [1.0]  # coefficients of (theta - nodes[0]) ... (theta - nodes[k - 1]), constant term first
-    total = moments[0] * values[0]
+    weights = moments[0] * column[0]
     for k in range(1, n):
         column = [(column[i] - column[i + 1]) / (nodes[i] - nodes[i + k]) for i in range(n - k)]
         shifted = [0.0, *basis]
         basis = [shifted[i] - nodes[k - 1] * (basis[i] if i < k else 0.0) for i in range(k + 1)]
         weight = sum(b * m for b, m in zip(basis, moments))
-        total = total + jnp.where(k < known, weight, 0) * column[0]
-    return total
+        weights = weights + jnp.where(k < known, weight, 0) * column[0]
+    return sum(weights[i] * value for i, value in enumerate(values))

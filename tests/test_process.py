@@ -126,6 +126,22 @@ def test_ddim_eta_is_another_family_between_0_and_1():
         assert (abs(ddim / exact - 1) < 1e-12) == (eta == 1.0)
 
 
+@pytest.mark.parametrize("eta", [0.1, 1.0])
+@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), RectifiedFlow()], **by_name)
+def test_noise_of_small_steps_keeps_its_digits_in_float32(schedule, eta):
+    """The log-SNR step h is a difference of rounded numbers, to 6 roundings; std, which goes like its root, loses no more."""
+    ts = np.arange(128, 1017) / 1024  # exact in both precisions
+    process = DiffusionProcess(schedule, eta)
+
+    def steps(dtype):
+        t = jnp.asarray(ts, dtype)
+        h = jnp.diff(schedule.log_snr(schedule.horizon - t))
+        return np.asarray(h, np.float64), np.asarray(term_of(process).propagator(t[:-1], t[1:]).std, np.float64)
+
+    (h, exact), (_, std) = steps(jnp.float64), steps(jnp.float32)
+    np.testing.assert_array_less(np.abs(std / exact - 1), 6 * np.finfo(np.float32).eps * (1 + 1 / h))
+
+
 @pytest.mark.parametrize("eta", ETAS)
 def test_a_step_to_zero_noise_lands_on_the_denoised_state(eta):
     process = DiffusionProcess(VPLinear(tau_min=0.0), eta)

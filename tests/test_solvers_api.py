@@ -37,21 +37,16 @@ from ctrl_diffusion.solvers import (
     sample_keys,
     terms_for,
 )
-from tests.solver_problems import (
-    GRID,
-    KEYS,
+from experiments.solver_problems import (
     NO_ARGS,
-    STEPS,
     endpoint,
     gaussian_flow,
     gaussian_marginal,
     gaussian_score,
-    label,
     mixture_score,
-    noisy_term,
     process,
-    start,
 )
+from tests.solver_problems import GRID, KEYS, STEPS, label, noisy_term, start
 
 SOLVERS = [
     ExponentialEuler(),

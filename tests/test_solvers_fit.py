@@ -18,17 +18,8 @@ from ctrl_diffusion.solvers import (
     integrate_adaptive,
     terms_for,
 )
-from tests.solver_problems import (
-    GRID,
-    NO_ARGS,
-    gaussian_flow,
-    gaussian_score,
-    label,
-    mixture_score,
-    noisy_term,
-    process,
-    start,
-)
+from experiments.solver_problems import NO_ARGS, gaussian_flow, gaussian_score, mixture_score, process
+from tests.solver_problems import GRID, label, noisy_term, start
 
 ADAPTIVE_ODE = [dfx.Tsit5(), dfx.Kvaerno3(), DPMSolver2S(), DPMSolver3S(), ExponentialHeun()]
 

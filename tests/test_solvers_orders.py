@@ -24,28 +24,26 @@ from ctrl_diffusion.solvers import (
     ExponentialSRA,
     UniPC,
     er_sde_noise_scale,
-    integrate,
     uniform,
 )
 from ctrl_diffusion.solvers.multistep import bootstrap
-from tests.solver_problems import (
+from experiments.solver_problems import (
+    MIDDLE,
     NO_ARGS,
     FinePath,
-    affine_map,
     both_scores,
     endpoint,
-    exact_affine_map,
     gaussian_flow,
-    gaussian_marginal,
     gaussian_score,
     grids,
     mixture_score,
+    ode_reference,
     process,
     slope,
+    weak_errors,
 )
 
 TOLERANCE = 0.2
-MIDDLE = 0.4  # a start at which the data is seen: the control varies, and start-up errors show
 
 
 @pytest.fixture(autouse=True)
@@ -59,15 +57,6 @@ def name(value):
         fields = {k: v for k, v in vars(value).items() if k in ("steps", "curvature", "bootstrap", "half_rule", "fraction")}
         return type(value).__name__ + "".join(f"-{k}={v:.3g}" if v is not True else f"-{k}" for k, v in fields.items() if v)
     return getattr(value, "name", None)
-
-
-def ode_reference(x0, t0):
-    """The mixture's flow by an eighth-order method on a fine grid, the Gaussian's in closed form."""
-    half = x0.shape[0] // 2
-    fine = np.asarray(grids([600], t0=t0)[0])
-    term = process().term(mixture_score, None)
-    flow = gaussian_flow(jnp.asarray(fine[0]), jnp.asarray(fine[-1]), x0[half:])
-    return jnp.concatenate([integrate(term, dfx.Dopri8(), fine, x0[:half], NO_ARGS), flow])
 
 
 @pytest.fixture(scope="module")
@@ -171,31 +160,8 @@ def test_diffrax_deterministic_order(solver):
     assert slope(counts, errors) == pytest.approx(solver.order(None), abs=TOLERANCE)
 
 
-def weak_slope(eta, frozen, solver, counts, make_solver=None, perturbed=True):
-    """Order of the mean and variance of the endpoint, propagated exactly: the chain is affine in state and noise.
-
-    A law other than the marginal at the start makes the mean informative; solvers that promise marginals alone get those.
-    """
-    t0, t1 = jnp.asarray(MIDDLE), jnp.asarray(process().t1)
-    mean, variance = gaussian_marginal(t0)
-    if perturbed:
-        mean, variance = mean + 1.0, 0.5 * variance
-
-    def law(chain):
-        return jnp.stack([chain.offset + chain.response * mean, chain.response**2 * variance + chain.variance])
-
-    exact = law(exact_affine_map(eta, t0, t1))
-    longest = max(counts)
-
-    def make_term(path):
-        return process(eta, frozen).term(gaussian_score, path if eta > 0 else None)
-
-    if make_solver is None:
-        runs = [affine_map(make_term, lambda path: solver, longest)] * len(counts)
-    else:
-        runs = [affine_map(make_term, partial(make_solver, steps=n), longest) for n in counts]
-    chains = [run(grid, n) for run, grid, n in zip(runs, grids(counts, t0=MIDDLE), counts)]
-    return slope(counts, [jnp.sum(jnp.abs(law(chain) - exact)) for chain in chains])
+def weak_slope(eta, frozen, solver, counts, perturbed=True):
+    return slope(counts, weak_errors(eta, frozen, solver, counts, perturbed))
 
 
 WEAK = [
@@ -235,7 +201,7 @@ def test_weak_order_of_churn(frozen):
     def solver(path, steps):
         return EDMHeun(s_churn=2.0, steps=steps, path=path)
 
-    measured = weak_slope(0.0, frozen, None, [32, 64, 128], make_solver=solver, perturbed=False)
+    measured = weak_slope(0.0, frozen, solver, [32, 64, 128], perturbed=False)
     assert measured == pytest.approx(EDMHeun().weak_order, abs=TOLERANCE)
 
 

@@ -1,0 +1,292 @@
+"""What solvers cost beyond the network: each against a hand-written `lax.scan` with as many network calls and noise draws.
+
+    python -m experiments.solver_cost --out runs/solver_cost
+
+Every solver is measured with the network of `experiments.digits` and with a trivial one, forward and (network only) for
+gradients against scan + remat. The two sides of a pair run in turn; a ratio is the median over pairs. `--out` gets
+`metrics.json` and `table.md`, and a repeated run takes up where the last one stopped.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+import ctrl_diffusion as cd
+from ctrl_diffusion.predictions import V
+from ctrl_diffusion.process import DiffusionTerm
+from ctrl_diffusion.solvers import (
+    KeyedPath,
+    brownian_tree,
+    integrate,
+    integrate_adaptive,
+    levy_area_for,
+    sample_keys,
+    standard_normal,
+)
+
+from .benchmark import interleaved
+from .files import write_atomic
+from .solver_cases import ADAPTIVE, IMPLICIT, ODE, SDE, Case, chosen
+
+SCHEDULE = cd.VPCosine(tau_min=0.02)
+MEMORY_STEPS = (25, 100, 400)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the benchmark; the defaults are those of the requirement."""
+
+    out: Path | None = None
+    """Folder for `metrics.json` and `table.md` (default: print only)."""
+    only: tuple[str, ...] = ()
+    """Measure only solvers whose name contains one of these."""
+    evaluations: int = 24
+    """Network evaluations per solve; solvers of several stages make fewer steps."""
+    batch: int = 512
+    """Batch with the network of the digits."""
+    trivial_batch: int = 4096
+    """Batch with the trivial drift, of two-dimensional states."""
+    width: int = 256
+    """Features of the network."""
+    depth: int = 3
+    """Residual blocks of the network."""
+    repeats: int = 15
+    """Timed pairs, after two warm-up pairs."""
+    memory: bool = True
+    """Also compile gradients at 25, 100 and 400 evaluations, for the compiler's figure of their temporary memory."""
+
+
+class Problem(NamedTuple):
+    """A v-prediction `predict(params, x, t)` with parameters, a batch and the shape of a state."""
+
+    predict: Callable
+    params: Any
+    batch: int
+    shape: tuple[int, ...]
+
+
+def digits_problem(batch: int, width: int, depth: int) -> Problem:
+    """The network of `experiments.digits` with weights that do something: a fresh one predicts zero."""
+    shape = (8, 8, 1)
+    graphdef, params = nnx.split(cd.ResidualMLP(shape, shape, width=width, depth=depth, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([leaf + 0.05 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+    return Problem(lambda p, x, t: nnx.merge(graphdef, p)(x, jnp.broadcast_to(t, (len(x),)), None), params, batch, shape)
+
+
+def trivial_problem(batch: int) -> Problem:
+    """A prediction proportional to the state: one multiplication."""
+    return Problem(lambda p, x, t: p * x, jnp.asarray(0.3), batch, (2,))
+
+
+def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, called: Callable | None = None) -> Callable:
+    """`run(params, keys)`: final states by this library; `called` is told of every network evaluation."""
+    process = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen)
+    grid = process.grid(steps)
+
+    def control(params, t, x, cond):
+        if called is not None:
+            jax.debug.callback(called)
+        return V.to_score(SCHEDULE, process.tau(t), x, problem.predict(params, x, t))
+
+    def run(params, keys):
+        keys = jax.vmap(jax.random.split)(keys)
+        x0 = process.initial(keys[:, 0], problem.shape)
+        if case.kind == ADAPTIVE:
+            path = None
+            solver = case.make(None, steps)
+            if case.eta > 0:
+                path = brownian_tree(solver, process.t0, process.t1, keys[0, 1], x0)
+            term = process.term(control, path)
+            return integrate_adaptive(term, solver, process.t0, process.t1, x0, (params, None), rtol=1e-2, atol=1e-2).x
+        path = None
+        if case.draws:
+            solver = case.make(None, steps)
+            ts = jnp.asarray(grid, x0.dtype)
+            path = KeyedPath(ts=ts, keys=keys[:, 1], shape=problem.shape, levy_area=levy_area_for(solver))
+        term = DiffusionTerm(process, control, path if case.eta > 0 else None)
+        adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=steps) if gradient else None
+        return integrate(term, case.make(path, steps), grid, x0, (params, None), adjoint=adjoint)
+
+    return run
+
+
+def hand_written(problem: Problem, steps: int, stages: int, draws: int, extra: int = 0, remat: bool = False) -> Callable:
+    """One scan with precomputed coefficients: `steps` steps of `stages` network calls and `draws` noise draws each.
+
+    Each stage denoises the state of the last one and mixes the result with the state at the start of the step and the noise: the
+    arithmetic of an ancestral or Heun step. `extra` calls come before the first step.
+    """
+    ts = jnp.asarray(np.linspace(1 - SCHEDULE.tau_max, 1 - SCHEDULE.tau_min, steps + 1), jnp.float32)
+    alpha, sigma = SCHEDULE.alpha(SCHEDULE.horizon - ts), SCHEDULE.sigma(SCHEDULE.horizon - ts)
+    a0, s0, a1, s1 = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    keep = (s1 / s0) ** 2 * a0 / a1
+    std = s1 * jnp.sqrt(1 - (s1 * a0 / (s0 * a1)) ** 2) / max(draws, 1) ** 0.5
+    rows = (jnp.arange(steps), ts[:-1], ts[1:], a0, s0, keep, a1 - keep * a0, std)
+
+    def run(params, keys):
+        keys = jax.vmap(jax.random.split)(keys)
+        x = sigma[0] * standard_normal(keys[:, 0], 0, problem.shape, jnp.float32)
+        for _ in range(extra):
+            x = x + 1e-3 * problem.predict(params, x, ts[0])
+
+        def step(x, row):
+            i, t0, t1, a, s, keep, gain, std = row
+            noise = [standard_normal(keys[:, 1], 2 * i + j, problem.shape, x.dtype) for j in range(draws)]
+            y = x
+            for stage in range(stages):
+                t = t0 if stage == 0 else t1
+                y = keep * x + gain * (a * y - s * problem.predict(params, y, t)) + (std * sum(noise) if draws else 0)
+            return y, None
+
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, x, rows)[0]
+
+    return run
+
+
+def count(case: Case, problem: Problem, keys, steps: int) -> int:
+    """Network evaluations of one solve; those inside a Jacobian count once."""
+    calls: list[None] = []
+    jax.block_until_ready(jax.jit(solve(case, problem, steps, called=lambda: calls.append(None)))(problem.params, keys))
+    jax.effects_barrier()
+    return len(calls)
+
+
+def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False) -> tuple[Callable, Callable]:
+    """The library's solve and the hand-written scan at equal network evaluations, compiled on their first call."""
+    keys = sample_keys(jax.random.key(0), problem.batch)
+    steps = scan_steps = max(evaluations // (case.stages or 6), 1)
+    if case.stages and not (case.kind == ODE and case.name.startswith("diffrax")):
+        stages, extra = case.stages, 0
+    else:  # first-same-as-last and data-dependent counts
+        stages, extra = divmod(count(case, problem, keys, steps), steps)
+        if case.kind == ADAPTIVE:
+            stages, extra, scan_steps = 1, 0, stages * steps + extra
+    ours = solve(case, problem, steps, gradient)
+    # the tree's noise is not keyed: one draw per sample and call stands for it
+    scan = hand_written(
+        problem, scan_steps, stages, min(case.draws, 1) if case.kind == ADAPTIVE else case.draws, extra, gradient
+    )
+    if gradient:
+        ours, scan = (jax.grad(lambda p, k, fn=fn: jnp.sum(fn(p, k) ** 2)) for fn in (ours, scan))
+    first, second = jax.jit(ours), jax.jit(scan)
+    return lambda: first(problem.params, keys), lambda: second(problem.params, keys)
+
+
+def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
+    """The median over pairs of the time of the library's solve divided by that of the scan."""
+    times = interleaved(*sides(case, problem, evaluations, gradient), repeats)
+    return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
+
+
+def small(problem: Problem) -> Problem:
+    """A few states of it: an implicit solver factorises a matrix with a row for every entry of the batch."""
+    return problem._replace(batch=min(problem.batch, 16))
+
+
+def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int, int]:
+    """Bytes of temporary memory of the two compiled gradients, by the compiler's own account."""
+    keys = sample_keys(jax.random.key(0), problem.batch)
+    steps = max(evaluations // case.stages, 1)
+    runs = solve(case, problem, steps, True), hand_written(problem, steps, case.stages, case.draws, 0, True)
+    found = []
+    for run in runs:
+        compiled = jax.jit(jax.grad(lambda p, k, run=run: jnp.sum(run(p, k) ** 2))).lower(problem.params, keys).compile()
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            raise ValueError("this backend gives no account of memory: pass memory=False.")
+        found.append(int(analysis.temp_size_in_bytes))
+    return found[0], found[1]
+
+
+def measure(case: Case, config: Config) -> dict[str, Any]:
+    """One row of the table."""
+    digits, trivial = digits_problem(config.batch, config.width, config.depth), trivial_problem(config.trivial_batch)
+    row: dict[str, Any] = dict(name=case.name, kind=case.kind, forward=None, trivial=None, gradient=None, memory={})
+    if case.kind == IMPLICIT:
+        row["trivial"] = ratio(case, small(trivial), config.evaluations, config.repeats)
+        return row
+    row["forward"] = ratio(case, digits, config.evaluations, config.repeats)
+    if case.kind == SDE:
+        row["trivial"] = ratio(case, trivial, config.evaluations, config.repeats)
+    if case.kind in (SDE, ODE):
+        row["gradient"] = ratio(case, digits, config.evaluations, max(config.repeats // 2, 1), gradient=True)
+    if case.kind == SDE and config.memory:
+        row["memory"] = {str(n): gradient_memory(case, digits, n) for n in MEMORY_STEPS}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown; memory in MiB, this library's / the scan's."""
+
+    def number(value):
+        return "" if value is None else f"{value:.2f}"
+
+    heads = ["solver", "kind", "forward", "trivial drift", "gradient", *(f"MiB at {n}" for n in MEMORY_STEPS)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        memory = [row["memory"].get(str(n)) for n in MEMORY_STEPS]
+        cells = [f"`{row['name']}`", row["kind"], *(number(row[k]) for k in ("forward", "trivial", "gradient"))]
+        cells += ["" if pair is None else f"{pair[0] / 2**20:.0f} / {pair[1] / 2**20:.0f}" for pair in memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def earlier(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run with the same settings."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise ValueError(f"out={path.parent} holds a run with other settings {found['settings']}: choose another folder.")
+    return found["solvers"]
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure what is not measured yet; returns all rows."""
+    if min(config.repeats, config.batch, config.trivial_batch) < 1 or config.evaluations < 4:
+        raise ValueError(
+            f"repeats={config.repeats}, batch={config.batch} and trivial_batch={config.trivial_batch} must be at least 1, "
+            f"evaluations={config.evaluations} at least 4."
+        )
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "only")}
+    path = None if config.out is None else config.out / "metrics.json"
+    cases, rows = chosen(config.only), earlier(path, settings)
+    for case in tqdm(cases, desc="solvers"):
+        if any((row["name"], row["kind"]) == (case.name, case.kind) for row in rows):
+            continue
+        rows.append(measure(case, config))
+        if config.out is not None and path is not None:
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(config.out / "table.md", table(rows))
+            write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
+    return rows
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.solver_cost")
+    try:
+        rows = run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

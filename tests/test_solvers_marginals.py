@@ -1,0 +1,68 @@
+"""The law that every fixed-grid solver ends in is the noised data, as closely as as many exact samples tell it."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from ctrl_diffusion.process import DiffusionTerm
+from ctrl_diffusion.solvers import KeyedPath, levy_area_for, sample_keys
+from experiments.solver_cases import DIFFRAX_SDE, OWN_ODE, OWN_SDE
+from experiments.solver_problems import SCHEDULE, endpoint, grids, mixture, mixture_score, process
+
+SAMPLES, SETS, DIRECTIONS = 1000, 24, 16  # the distance of one pair of sets varies by a third, the mean over SETS by 7 %
+
+
+def exact(key, tau):
+    """Samples of the noised mixture, as many as SETS need."""
+    data, noise = jr.split(key)
+    x = mixture().sample(sample_keys(data, SETS * SAMPLES))
+    return SCHEDULE.alpha(tau) * x + SCHEDULE.sigma(tau) * jr.normal(noise, x.shape)
+
+
+def sliced_wasserstein(x, y) -> float:
+    """Root mean square over directions of the 2-Wasserstein distance of projections."""
+    angles = np.pi * (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS
+    directions = np.stack([np.cos(angles), np.sin(angles)])
+    a, b = (np.sort(np.asarray(z, np.float64) @ directions, axis=0) for z in (x, y))
+    return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def mean_distance(x, y) -> float:
+    """The mean over SETS of the distance between parts of two sets."""
+    return float(
+        np.mean([sliced_wasserstein(a, b) for a, b in zip(np.split(np.asarray(x), SETS), np.split(np.asarray(y), SETS))])
+    )
+
+
+@pytest.fixture(scope="module")
+def target_and_floor():
+    """Exact final states, and their mean distance from independent ones."""
+    tau = jnp.asarray(SCHEDULE.tau_min)
+    target = exact(jr.key(7), tau)
+    return target, mean_distance(target, exact(jr.key(8), tau))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*OWN_SDE, *DIFFRAX_SDE, *OWN_ODE], ids=lambda case: f"{case.name}-{case.kind}")
+def test_marginals_reach_the_noise_floor_as_steps_grow(case, target_and_floor):
+    """At most 1.3 floors at the most steps, and well above them after a single one."""
+    steps = 200 if case.order == 1 else 100
+    model = process(case.eta, case.frozen)
+    target, floor = target_and_floor
+    distances = []
+    for n in (1, steps):
+        ts = jnp.asarray(grids([n])[0], jnp.float32)
+        solver = case.make(None, n)
+        path = KeyedPath(ts, sample_keys(jr.key(3), SETS * SAMPLES), (2,), levy_area_for(solver)) if case.draws else None
+        term = DiffusionTerm(model, mixture_score, path if case.eta > 0 else None)
+        x = exact(jr.key(5), jnp.asarray(SCHEDULE.tau_max))
+        distances.append(mean_distance(endpoint(term, case.make(path, n))(x, ts, n), target))
+    assert distances[1] < 1.3 * floor
+    assert not distances[0] < 3 * floor
+
+
+def test_the_distance_is_that_of_a_shift():
+    x = jax.random.normal(jr.key(0), (1000, 2))
+    assert sliced_wasserstein(x, x + jnp.asarray([0.3, 0.4])) == pytest.approx(0.5 / 2**0.5, rel=1e-5)
