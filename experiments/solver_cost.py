@@ -3,7 +3,9 @@
     python -m experiments.solver_cost --out runs/solver_cost
 
 Every solver is measured with the network of `experiments.digits` and with a trivial one, forward and (network only) for
-gradients against scan + remat. The two sides of a pair run in turn; a ratio is the median over pairs. `--out` gets
+gradients against scan + remat. The scan's arithmetic is that of an ancestral or Heun step. Where a step has more of its own (the
+memory of a multistep method, the tableau of a Runge-Kutta method), a trivial drift shows it; therefore the trivial drift is measured
+against a scan over the solver's own step, too. The two sides of a pair run in turn; a ratio is the median over pairs. `--out` gets
 `metrics.json` and `table.md`, and a repeated run takes up where the last one stopped.
 """
 
@@ -34,6 +36,7 @@ from ctrl_diffusion.solvers import (
     levy_area_for,
     sample_keys,
     standard_normal,
+    terms_for,
 )
 
 from .benchmark import interleaved
@@ -157,6 +160,31 @@ def hand_written(problem: Problem, steps: int, stages: int, draws: int, extra: i
     return run
 
 
+def scanned(case: Case, problem: Problem, steps: int) -> Callable:
+    """One scan over the solver's own step: the same arithmetic without diffrax's loop."""
+    process, grid = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen), cd.DiffusionProcess(SCHEDULE, 0.0).grid(steps)
+
+    def control(params, t, x, cond):
+        return V.to_score(SCHEDULE, process.tau(t), x, problem.predict(params, x, t))
+
+    def run(params, keys):
+        keys = jax.vmap(jax.random.split)(keys)
+        x, ts = process.initial(keys[:, 0], problem.shape), jnp.asarray(grid, jnp.float32)
+        path = KeyedPath(ts=ts, keys=keys[:, 1], shape=problem.shape, levy_area=levy_area_for(case.make(None, steps)))
+        solver = case.make(path, steps)
+        term = terms_for(solver, DiffusionTerm(process, control, path if case.eta > 0 else None))
+
+        def step(carry, interval):
+            y, state = carry
+            y, _, _, state, _ = solver.step(term, *interval, y, (params, None), state, False)
+            return (y, state), None
+
+        state = solver.init(term, ts[0], ts[1], x, (params, None))
+        return jax.lax.scan(step, (x, state), (ts[:-1], ts[1:]))[0][0]
+
+    return run
+
+
 def count(case: Case, problem: Problem, keys, steps: int) -> int:
     """Network evaluations of one solve; those inside a Jacobian count once."""
     calls: list[None] = []
@@ -192,6 +220,14 @@ def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 
+def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int) -> float:
+    """The same against `scanned`: what the loop costs, whatever the step does."""
+    keys, steps = sample_keys(jax.random.key(0), problem.batch), max(evaluations // case.stages, 1)
+    ours, scan = jax.jit(solve(case, problem, steps)), jax.jit(scanned(case, problem, steps))
+    times = interleaved(lambda: ours(problem.params, keys), lambda: scan(problem.params, keys), repeats)
+    return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
+
+
 def small(problem: Problem) -> Problem:
     """A few states of it: an implicit solver factorises a matrix with a row for every entry of the batch."""
     return problem._replace(batch=min(problem.batch, 16))
@@ -215,13 +251,16 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
 def measure(case: Case, config: Config) -> dict[str, Any]:
     """One row of the table."""
     digits, trivial = digits_problem(config.batch, config.width, config.depth), trivial_problem(config.trivial_batch)
-    row: dict[str, Any] = dict(name=case.name, kind=case.kind, forward=None, trivial=None, gradient=None, memory={})
+    row: dict[str, Any] = dict(
+        name=case.name, kind=case.kind, forward=None, trivial=None, trivial_step=None, gradient=None, memory={}
+    )
     if case.kind == IMPLICIT:
         row["trivial"] = ratio(case, small(trivial), config.evaluations, config.repeats)
         return row
     row["forward"] = ratio(case, digits, config.evaluations, config.repeats)
     if case.kind == SDE:
         row["trivial"] = ratio(case, trivial, config.evaluations, config.repeats)
+        row["trivial_step"] = step_ratio(case, trivial, config.evaluations, config.repeats)
     if case.kind in (SDE, ODE):
         row["gradient"] = ratio(case, digits, config.evaluations, max(config.repeats // 2, 1), gradient=True)
     if case.kind == SDE and config.memory:
@@ -235,11 +274,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     def number(value):
         return "" if value is None else f"{value:.2f}"
 
-    heads = ["solver", "kind", "forward", "trivial drift", "gradient", *(f"MiB at {n}" for n in MEMORY_STEPS)]
+    heads = [
+        "solver",
+        "kind",
+        "forward",
+        "trivial drift",
+        "trivial drift, own step",
+        "gradient",
+        *(f"MiB at {n}" for n in MEMORY_STEPS),
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         memory = [row["memory"].get(str(n)) for n in MEMORY_STEPS]
-        cells = [f"`{row['name']}`", row["kind"], *(number(row[k]) for k in ("forward", "trivial", "gradient"))]
+        cells = [f"`{row['name']}`", row["kind"], *(number(row[k]) for k in ("forward", "trivial", "trivial_step", "gradient"))]
         cells += ["" if pair is None else f"{pair[0] / 2**20:.0f} / {pair[1] / 2**20:.0f}" for pair in memory]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

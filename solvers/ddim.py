@@ -36,7 +36,7 @@ class DDIM(AbstractSemilinearSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
         u = terms.vf(t0, y0, args).control
-        interval = terms.contr(t0, t1)
+        interval = terms.contr(t0, t1, whole_step=True)
         phi, psi, std = ddim_transition(interval.transition, interval.rate - 1, interval.clock[1] - interval.clock[0])
         y1 = phi * y0 + psi * u + std * standard_increment(interval)
         return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful

@@ -11,7 +11,7 @@ from .exponential import AbstractSemilinearSolver, standard_increment
 
 def _heun(terms, t0, t1, y0, args, noise):
     """One exponential Heun step; the exponential Euler step alone where the clock ends at infinity."""
-    interval = terms.contr(t0, t1)
+    interval = terms.contr(t0, t1, whole_step=True)
     phi, psi, std = interval.transition
     finite = jnp.isfinite(interval.clock[1])
     u0 = terms.vf(t0, y0, args).control
@@ -44,7 +44,7 @@ class ExponentialHeun(AbstractSemilinearSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        y1, correction = _heun(terms, t0, t1, y0, args, standard_increment(terms.contr(t0, t1)))
+        y1, correction = _heun(terms, t0, t1, y0, args, standard_increment(terms.contr(t0, t1, whole_step=True)))
         return y1, correction, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
 
 

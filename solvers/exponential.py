@@ -65,7 +65,7 @@ class ExponentialEuler(AbstractSemilinearSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
         u = terms.vf(t0, y0, args).control
-        interval = terms.contr(t0, t1)
+        interval = terms.contr(t0, t1, whole_step=True)
         phi, psi, std = interval.transition
         y1 = phi * y0 + psi * u + std * standard_increment(interval)
         return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful

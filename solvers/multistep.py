@@ -103,7 +103,7 @@ class AbstractMultistep(AbstractSemilinearSolver):
         return no_history(self.steps - 1, t0, y0)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        interval = terms.contr(t0, t1, moments=self.steps)
+        interval = terms.contr(t0, t1, moments=self.steps, whole_step=True)
         u = terms.vf(t0, y0, args).control
         past = solver_state._replace(count=jnp.where(made_jump, 0, solver_state.count))
         c0, c1 = (self.coordinate(c) for c in interval.clock)

@@ -35,7 +35,7 @@ def levy_area_for(solver: dfx.AbstractSolver) -> Any:
     return dfx.BrownianIncrement if issubclass(dfx.BrownianIncrement, minimal_levy_area(solver)) else dfx.SpaceTimeLevyArea
 
 
-def _interval(ts, t0, t1):
+def interval_index(ts, t0, t1):
     """Index of the grid interval that holds the midpoint of `[t0, t1]`."""
     return jnp.searchsorted(ts, 0.5 * (t0 + t1), method="compare_all") - 1
 
@@ -79,7 +79,7 @@ class KeyedPath(dfx.AbstractBrownianPath):
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         if t1 is None:
             raise ValueError("KeyedPath gives increments over grid intervals: call evaluate(t0, t1) with t1.")
-        i = _interval(self.ts, t0, t1)
+        i = interval_index(self.ts, t0, t1)
         dt = self.ts[i + 1] - self.ts[i]
         h = None
         if use_levy and self.levy_area is not dfx.BrownianIncrement:
@@ -107,6 +107,6 @@ class RecordedPath(dfx.AbstractBrownianPath):
             raise ValueError("RecordedPath gives increments over grid intervals: call evaluate(t0, t1) with t1.")
         if use_levy and self.levy_area is not dfx.BrownianIncrement:
             raise ValueError("RecordedPath holds no Levy areas: use KeyedPath(levy_area=SpaceTimeLevyArea) for this solver.")
-        i = _interval(self.ts, t0, t1)
+        i = interval_index(self.ts, t0, t1)
         dt = self.ts[i + 1] - self.ts[i]
         return _increment(self, dt, self.noise[i] * jnp.sqrt(dt), None, use_levy)

@@ -32,7 +32,7 @@ def inner_time(terms, t0, t1, clock, fraction):
 
 def _two_stages(terms, t0, t1, y0, args, fraction, stage_noise, step_noise):
     """`x1 = phi x0 + psi ((1 - 1/2r) u(x0) + (1/2r) u(xm)) + noise`, with functions from normals and transitions to noise."""
-    whole = terms.contr(t0, t1, use_levy=True)
+    whole = terms.contr(t0, t1, use_levy=True, whole_step=True)
     tm = inner_time(terms, t0, t1, whole.clock, fraction)
     part = terms.contr(t0, tm)
     finite = jnp.isfinite(whole.clock[1])
@@ -185,7 +185,7 @@ class DPMSolver3S(AbstractSemilinearSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        whole = terms.contr(t0, t1, moments=2)
+        whole = terms.contr(t0, t1, moments=2, whole_step=True)
         if jnp.ndim(whole.dw):
             raise TypeError(
                 "DPMSolver3S integrates ODEs, but the term has noise. Use DPMSolver2S or ExponentialSRA, or eta = 0."

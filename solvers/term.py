@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .path import interval_index
 from .quadrature import gauss_legendre, moment_fractions
 
 if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
@@ -120,13 +121,33 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
         u = self.control(t, y, args)
         return Field(u, a * y + b * u, g)
 
-    def contr(self, t0: Any, t1: Any, *, moments: int = 0, clock_at: tuple = (), **kwargs) -> Interval:
-        """`[t0, t1]` with `moments` moments and the times of the clock values `clock_at`; `kwargs` go to the path."""
+    def contr(
+        self, t0: Any, t1: Any, *, moments: int = 0, clock_at: tuple = (), whole_step: bool = False, **kwargs
+    ) -> Interval:
+        """The interval `[t0, t1]`.
+
+        Args:
+            t0, t1: its ends.
+            moments: how many moments are wanted.
+            clock_at: clock values whose times are wanted.
+            whole_step: `[t0, t1]` is a step of the solver. On a path that knows the grid the coefficients are then those of all
+                steps, computed together before the first (they do not depend on the state), and looked up.
+            kwargs: for the path.
+        """
         dw = jnp.zeros_like(t1 - t0) if self.path is None else self.path.evaluate(t0, t1, **kwargs)
+        grid = getattr(self.path, "ts", None)
+        if whole_step and grid is not None and not clock_at:
+            rows = jax.vmap(lambda a, b: self._interval(a, b, moments, ()))(grid[:-1], grid[1:])
+            i = interval_index(grid, t0, t1)
+            return jax.tree.map(lambda v: v[i], rows)._replace(dw=dw)
+        return self._interval(t0, t1, moments, clock_at)._replace(dw=dw)
+
+    def _interval(self, t0: Scalar, t1: Scalar, moments: int, clock_at: tuple) -> Interval:
+        """Everything but the noise."""
         rate = self.rate()
         return Interval(
             dt=t1 - t0,
-            dw=dw,
+            dw=None,
             transition=self.propagator(t0, t1),
             diffusion=(self.coefficients(t0)[2], self.coefficients(t1)[2]),
             clock=(self.clock(t0), self.clock(t1)),

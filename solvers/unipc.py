@@ -73,7 +73,7 @@ class UniPC(AbstractSemilinearSolver):
         past, base, moments, steps_made = solver_state
         past = past._replace(count=jnp.where(made_jump, 0, past.count))
         steps_made = jnp.where(made_jump, 0, steps_made)
-        interval = terms.contr(t0, t1, moments=self.steps + 1)
+        interval = terms.contr(t0, t1, moments=self.steps + 1, whole_step=True)
         u = terms.vf(t0, y0, args).control
 
         corrected = base + self._corrector(moments, interval.clock[0], u, past)
