@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from .exponential import AbstractSemilinearSolver, standard_increment
 
 
-def _heun(terms, t0, t1, y0, args, noise):
-    """One exponential Heun step; the exponential Euler step alone where the clock ends at infinity."""
-    interval = terms.contr(t0, t1, whole_step=True)
+def _heun(terms, interval, t0, t1, y0, args, noise):
+    """One exponential Heun step over `interval`; the exponential Euler step alone where the clock ends at infinity."""
     phi, psi, std = interval.transition
     finite = jnp.isfinite(interval.clock[1])
     u0 = terms.vf(t0, y0, args).control
@@ -44,7 +43,8 @@ class ExponentialHeun(AbstractSemilinearSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        y1, correction = _heun(terms, t0, t1, y0, args, standard_increment(terms.contr(t0, t1, whole_step=True)))
+        interval = terms.contr(t0, t1, whole_step=True)
+        y1, correction = _heun(terms, interval, t0, t1, y0, args, standard_increment(interval))
         return y1, correction, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
 
 
@@ -104,7 +104,8 @@ class EDMHeun(AbstractSemilinearSolver):
         start, y_start = t0, y0
         if self.gamma > 0:
             start, y_start = self._churn(terms, t0, t1, y0)
-        y1, correction = _heun(terms, start, t1, y_start, args, jnp.zeros_like(t0))
+        # churn moves the start of the step: not one of the grid's
+        y1, correction = _heun(terms, terms.contr(start, t1), start, t1, y_start, args, jnp.zeros_like(t0))
         return y1, correction, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
 
     def _churn(self, terms, t0, t1, y0):
