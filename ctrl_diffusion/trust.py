@@ -60,7 +60,7 @@ class FirstOrder(AbstractTrustRegion):
 
 
 class NaturalGradient(AbstractTrustRegion):
-    r"""TRPO: the direction `F^{-1} g` by conjugate gradient, the longest step of KL `radius`, halved until it holds.
+    r"""TRPO: the direction `F^{-1} g` by conjugate gradient, the longest step of KL `radius`, its KL halved until it holds.
 
     `F` is the Hessian of the path KL at the old policy, `sum_j E (scale_j da/dtheta)^T (scale_j da/dtheta)`, applied by one jvp and
     one vjp. A step is taken if the *measured* path KL (on all rows, not its quadratic model) is at most `radius` and the loss is
@@ -69,8 +69,8 @@ class NaturalGradient(AbstractTrustRegion):
     Args:
         radius: nats of path KL per iteration.
         iterations: of conjugate gradient.
-        damping: `F + damping trace-free identity`, nats per squared parameter.
-        backtracks: halvings of the step.
+        damping: added to the diagonal of `F`, nats per squared parameter.
+        backtracks: halvings of the KL.
         fisher_rows: rows that `F` is averaged over (the first ones of a shuffled batch); `None`: all.
     """
 
@@ -112,10 +112,11 @@ class NaturalGradient(AbstractTrustRegion):
 
         direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, maxiter=self.iterations)
         curvature = optax.tree.vdot(direction, damped(direction))
-        longest = jnp.sqrt(2 * self.radius / jnp.maximum(curvature, jnp.finfo(before.dtype).tiny))
+        # a hair inside the radius, so that rounding does not cost a backtrack where the KL is quadratic
+        longest = 0.99 * jnp.sqrt(2 * self.radius / jnp.maximum(curvature, jnp.finfo(before.dtype).tiny))
 
         def attempt(i):
-            candidate = optax.tree.add_scale(params, -longest * 0.5**i, direction)
+            candidate = optax.tree.add_scale(params, -longest * 0.5 ** (0.5 * i), direction)
             return candidate, moved_kl(objective, candidate, params, rows), loss(candidate, rows)[0]
 
         def rejected(carry):
