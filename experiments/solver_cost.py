@@ -41,7 +41,7 @@ from ctrl_diffusion.solvers import (
 
 from .benchmark import interleaved
 from .files import write_atomic
-from .solver_cases import ADAPTIVE, IMPLICIT, ODE, SDE, Case, chosen
+from .solver_cases import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 
 SCHEDULE = cd.VPCosine(tau_min=0.02)
 MEMORY_STEPS = (25, 100, 400)
@@ -55,6 +55,8 @@ class Config:
     """Folder for `metrics.json` and `table.md` (default: print only)."""
     only: tuple[str, ...] = ()
     """Measure only solvers whose name contains one of these."""
+    kinds: tuple[str, ...] = ()
+    """Measure only solvers of these kinds: SDE (fixed grid and keyed noise), ODE, adaptive, implicit."""
     evaluations: int = 24
     """Network evaluations per solve; solvers of several stages make fewer steps."""
     batch: int = 512
@@ -309,9 +311,12 @@ def run(config: Config) -> list[dict[str, Any]]:
             f"repeats={config.repeats}, batch={config.batch} and trivial_batch={config.trivial_batch} must be at least 1, "
             f"evaluations={config.evaluations} at least 4."
         )
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "only")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "only", "kinds")}
     path = None if config.out is None else config.out / "metrics.json"
-    cases, rows = chosen(config.only), earlier(path, settings)
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds: {kind!r} is not one of {', '.join(KINDS)}.")
+    cases, rows = chosen(config.only, config.kinds), earlier(path, settings)
     for case in tqdm(cases, desc="solvers"):
         if any((row["name"], row["kind"]) == (case.name, case.kind) for row in rows):
             continue

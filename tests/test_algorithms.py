@@ -227,7 +227,8 @@ def test_a_strangers_algorithm():
     for key in jax.random.split(jax.random.key(0), 25):
         state, _ = mine.step(key, state)
     gap = exact.fine_gap(problem, sampler.control, state.params, cd.sample_keys(jax.random.key(1), 512), steps=100)
-    assert gap.relative.mean < 0.1  # measured: see the note below
+    print("GAP", gap.relative)
+    assert gap.relative.mean < 0.1
     assert (
         exact.fine_gap(problem, sampler.control, params, cd.sample_keys(jax.random.key(1), 512), steps=100).relative.mean > 0.99
     )
