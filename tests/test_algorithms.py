@@ -219,12 +219,13 @@ def test_a_strangers_algorithm():
         process, lambda p, t, x, c: problem.reference_action(None, t, x) + net(p, t, x), (2,), grid=process.grid(25)
     )
     soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), optax.adam(3e-3), log_ratio_to_go, soft_error)
+    rate = optax.cosine_decay_schedule(4e-3, 60 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
-        cd.Training(optax.adam(3e-3), batch=256, epochs=2, minibatches=8), states=cd.Replay(512),
+        cd.Training(optax.adam(rate), batch=256, epochs=2, minibatches=8), states=cd.Replay(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
-    for key in jax.random.split(jax.random.key(0), 25):
+    for key in jax.random.split(jax.random.key(0), 60):
         state, _ = mine.step(key, state)
     gap = exact.fine_gap(problem, sampler.control, state.params, cd.sample_keys(jax.random.key(1), 512), steps=100)
     print("GAP", gap.relative)

@@ -1,0 +1,97 @@
+"""The leaderboard: what it runs, what it writes, that it resumes, and the fixed point of mean values."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ctrl_diffusion as cd
+from experiments import exact as leaderboard
+from experiments.exact_units import BUDGETS, DEFAULT, DIFFUSION, ENTRIES, PROBLEMS, lab, own_fixed_point, why_not
+from experiments.presets import choose
+
+KEYS = """algorithm problem seed relative_gap optimality_gap_se control_l2_error zero_control_l2_error reward path_kl
+network_evaluations reward_evaluations wall_seconds""".split()
+
+
+def test_the_default_covers_every_algorithm_on_the_ring_and_two_elsewhere():
+    chosen = leaderboard.units(leaderboard.Config())
+    by_problem = {problem: {u.algorithm for u in chosen if u.problem == problem} for problem in PROBLEMS}
+    assert by_problem["ring_linear"] == set(ENTRIES)
+    assert all(len(found) >= 2 for found in by_problem.values())
+    full = leaderboard.units(leaderboard.Config(full=True))
+    assert len(full) == 3 * sum(why_not(a, p) is None for a in ENTRIES for p in PROBLEMS)
+    quick = leaderboard.units(leaderboard.Config(quick=True))
+    assert len(quick) == 4 and all(u.budget.iterations < BUDGETS.get(u.algorithm, DEFAULT).iterations for u in quick)
+
+
+def test_what_does_not_apply_has_a_reason():
+    assert all(why_not(a, p) is None for a in ENTRIES for p in DIFFUSION)
+    assert "posterior mean" in str(why_not("sqdf", "double_well"))
+    with pytest.raises(ValueError, match="no algorithm of this selection applies"):
+        leaderboard.units(leaderboard.Config(algorithms=("sqdf",), problems=("linear_ou",)))
+    with pytest.raises(ValueError, match="algorithms: 'ppo' is not one of"):
+        leaderboard.units(leaderboard.Config(algorithms=("ppo",)))
+    with pytest.raises(ValueError, match="quick=True and full=True"):
+        leaderboard.units(leaderboard.Config(quick=True, full=True))
+    with pytest.raises(ValueError, match="algorithm='vrad' is not one of .* Did you mean 'vard'"):
+        choose("vrad")
+
+
+@pytest.mark.slow
+def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
+    args = ["--out", str(tmp_path / "run"), "--problems", "linear_ou", "--algorithms", "adjoint_matching", "log_variance"]
+    args += ["--iterations", "2", "--workers", "1"]
+    assert leaderboard.main(args) == 0
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
+    assert [r["algorithm"] for r in results] == ["log_variance", "adjoint_matching"] or len(results) == 2
+    for result in results:
+        assert set(KEYS) <= set(result)
+        assert result["zero_control_l2_error"] == pytest.approx(4.3233, rel=1e-3)  # u* does not depend on the state
+        assert 0 < result["relative_gap"] < 1.05
+    first = {r["algorithm"]: r for r in results}["adjoint_matching"]
+    assert first["network_evaluations"] == 2 * 3 * 512 * 50
+    assert first["network_gradient_evaluations"] == 2 * 2 * 512 * 50  # the adjoint and the regression
+    for name in ("table.md", "gaps.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 200
+    # a unit that is there is not run again; one that is missing is
+    (tmp_path / "run" / "metrics.json").unlink()
+    (tmp_path / "run" / "units" / "log_variance-linear_ou-0.json").unlink()
+    kept = tmp_path / "run" / "units" / "adjoint_matching-linear_ou-0.json"
+    before = kept.stat().st_mtime_ns
+    assert leaderboard.main(args) == 0
+    assert kept.stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
+    for a, b in zip(results, again):
+        assert {k: v for k, v in a.items() if k != "wall_seconds"} == {k: v for k, v in b.items() if k != "wall_seconds"}
+    capsys.readouterr()
+    assert leaderboard.main(args) == 0
+    assert "finished" in capsys.readouterr().out
+    assert leaderboard.main([*args, "--seeds", "2"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_temperature():
+    """Under `a = a_ref + (a*_{lambda/2} - a_ref)/2` the mean reward from x is `V*_{lambda/2}(t, x)`, so `a` is greedy for it."""
+    place = lab("ring_linear", 0)
+    problem = place.problem
+    action = own_fixed_point("vard", problem)
+    assert action is not None and own_fixed_point("dpok", problem) is None
+    half = type(problem)(problem.process, problem.data, problem.reward, problem.kl_weight / 2)
+    sampler = cd.Sampler(problem.process, action, (2,), grid=problem.grid(400))
+    path = jax.jit(lambda keys: sampler.trajectory(None, keys))(cd.sample_keys(jax.random.key(0), 4096))
+    for j in (0, 200, 320):
+        t = path.t[j]
+        error = np.asarray(problem.reward(path.x[-1]) - half.value(t, path.x[j]))
+        se = error.std() / np.sqrt(len(error))
+        assert abs(error.mean()) < 4 * se + 0.03  # 400 steps: the chain's own discretisation, about one percent of the value
+        # the conditional mean, not only the mean: uncorrelated with the state
+        for i in range(2):
+            x = np.asarray(path.x[j][:, i])
+            product = error * (x - x.mean())
+            assert abs(product.mean()) < 4 * product.std() / np.sqrt(len(error)) + 0.03 * x.std()
+    x, t = path.x[200], path.t[200]
+    greedy = problem.reference_action(None, t, x) + half.value_gradient(t, x) / problem.kl_weight
+    np.testing.assert_allclose(action(None, t, x), greedy, atol=1e-4 * float(jnp.max(jnp.abs(greedy))))
