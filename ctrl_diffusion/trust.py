@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from .estimators.base import per_path
 from .exploration import shift
 from .objective import Objective, Rows
 from .process import Params
@@ -105,7 +106,8 @@ class NaturalGradient(AbstractTrustRegion):
 
     def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
         (before, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
-        some = rows if self.fisher_rows is None else jax.tree.map(lambda v: v[: self.fisher_rows], rows)
+        states = per_path(rows)[0] if rows.j.ndim == 2 else rows
+        some = states if self.fisher_rows is None else jax.tree.map(lambda v: v[: self.fisher_rows], states)
 
         def damped(v):
             return optax.tree.add_scale(fisher_product(objective, params, some, v), self.damping, v)
@@ -117,7 +119,7 @@ class NaturalGradient(AbstractTrustRegion):
 
         def attempt(i):
             candidate = optax.tree.add_scale(params, -longest * 0.5 ** (0.5 * i), direction)
-            return candidate, moved_kl(objective, candidate, params, rows), loss(candidate, rows)[0]
+            return candidate, moved_kl(objective, candidate, params, states), loss(candidate, rows)[0]
 
         def rejected(carry):
             i, _, kl, after = carry
@@ -140,7 +142,7 @@ class NaturalGradient(AbstractTrustRegion):
 
 
 def moved_kl(objective: Objective, params: Params, old: Params, rows: Rows) -> Float[Array, ""]:
-    """Path KL from the policy `old` to the policy `params`, nats: mean over rows of a step's KL, times the number of steps."""
+    """Path KL from the policy `old` to the policy `params`, nats: mean of a step's KL over rows `[m]`, times the number of steps."""
     z = shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), objective.control(old, rows.j, rows.x))
     return objective.intervals * jnp.mean(0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 

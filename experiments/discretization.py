@@ -163,7 +163,7 @@ class Experiment:
         with np.load(file) as found:
             rewards, chain_rewards, x = found["rewards"], found["chain_rewards"], found["x"]
         optimum = cd.reweighted_optimum(rewards, self.config.kl_weight)
-        floor = noise_floor(x, optimum.weights, self.config.samples, 8, seed)
+        floor = noise_floor(x, optimum.weights, filled(self.config.samples), 8, seed)
         size = optimum.effective_sample_size
         return Policies(params, make_target(x, optimum.weights), size, floor, chain_rewards, seconds)
 
@@ -229,7 +229,7 @@ class Experiment:
 
         def draw(solver, eta, steps, stream, n):
             chain, grid = self.samplers.draw_chain(solver, eta, with_kl=False), self.samplers.process(eta).grid(steps)
-            x, _ = collect(chain, params, params, grid, self.key(seed, stream), n, config.samples)
+            x, _ = collect(chain, params, params, grid, self.key(seed, stream), n, filled(config.samples))
             return x, self._rewards(x)
 
         x, rewards = draw(cd.solvers.ExponentialEuler(), 1.0, config.optimum_steps, "target", config.optimum_samples)
@@ -268,13 +268,15 @@ class Experiment:
         grid, reference = process.grid(steps), policy.params["reference"]
         optimum, reference_reward = None, None
         if plain is not None:
-            x, _ = collect(plain, reference, reference, grid, self.key(seed, "chain"), config.reference_samples, config.samples)
+            x, _ = collect(
+                plain, reference, reference, grid, self.key(seed, "chain"), config.reference_samples, filled(config.samples)
+            )
             rewards = self._rewards(x)
             reference_reward = mean_and_error(rewards)
             optimum = cd.reweighted_optimum(rewards, config.kl_weight, is_bound=not cd.is_memoryless(process))
         rows = {}
         for method in METHODS:
-            key, n = self.key(seed, "evaluation"), config.samples
+            key, n = self.key(seed, "evaluation"), filled(config.samples)
             x, kl = collect(draw, policy.params[method], reference, grid, key, n, n)
             if not np.isfinite(x).all():
                 raise FloatingPointError(

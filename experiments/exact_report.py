@@ -106,7 +106,7 @@ def _gaps(results: Sequence[Result]) -> Any:
 
 
 def _frontier(results: Sequence[Result]) -> Any:
-    """Reward against path KL from the first iteration to the last, and the best that any policy can do."""
+    """Reward against path KL at the end of training (first seed), and the best that any policy can do."""
     figure, panel = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     weights = np.geomspace(0.08, 20, 60)
     ring = [exact.ring_linear(float(w)) for w in weights]

@@ -62,7 +62,7 @@ def why_not(algorithm: str, problem: str) -> str | None:
     if problem in DIFFUSION:
         return None
     if algorithm in ("sqdf", "refl", "vidd"):
-        return "looks ahead by a posterior mean, which a process without data does not have"
+        return "builds on a guess of the final state, which without data is the present state (no posterior mean)"
     if not ENTRIES[algorithm].priced:
         return "has no price: these problems are about the price"
     if algorithm == "flow_grpo":

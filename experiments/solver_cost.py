@@ -177,8 +177,8 @@ def scanned(case: Case, problem: Problem, steps: int) -> Callable:
         term = terms_for(solver, DiffusionTerm(process, control, path if case.eta > 0 else None))
 
         def step(carry, interval):
-            y, state = carry
-            y, _, _, state, _ = solver.step(term, *interval, y, (params, None), state, False)
+            (y, state), (t0, t1) = carry, interval
+            y, _, _, state, _ = solver.step(term, t0, t1, y, (params, None), state, False)
             return (y, state), None
 
         state = solver.init(term, ts[0], ts[1], x, (params, None))

@@ -302,6 +302,72 @@ def test_log_variance():
     assert_gradient(new.params, weights(0), loss)
 
 
+def policy_gradient_loss(advantages, own_kl):
+    """`-sum_j E[log pi_j A_j] + lambda sum_j E kl_j` at the old policy, whose ratios are one."""
+    x, _ = recorded()
+    chain, reference = Chain(), weights(1)
+
+    def loss(params):
+        total = 0.0
+        for j in range(STEPS):
+            log_prob = chain.log_prob(params, j, x[j], x[j + 1])
+            total += jnp.mean(-log_prob * advantages[j] + own_kl * chain.kl(params, reference, j, x[j]))
+        return total
+
+    return loss
+
+
+def test_dpok():
+    """Fan et al. 2023: likelihood ratio of the return, here with the KL still to be paid, and the gradient of each KL."""
+    new, _ = one_step(cd.dpok(objective(KL_WEIGHT), SGD))
+    x, _ = recorded()
+    chain = Chain()
+    kl = jnp.stack([chain.kl(weights(0), weights(1), j, x[j]) for j in range(STEPS)])
+    to_go = jnp.stack([reward(x[-1]) - KL_WEIGHT * jnp.sum(kl[j:], axis=0) for j in range(STEPS)])
+    loss = policy_gradient_loss(to_go - jnp.mean(to_go, axis=1, keepdims=True), KL_WEIGHT)
+    assert_gradient(new.params, weights(0), loss)
+
+
+def test_flow_grpo():
+    """Liu et al. 2025: returns standardised within the group, a KL penalty of each step alone."""
+    new, _ = one_step(cd.flow_grpo(objective(KL_WEIGHT), SGD))
+    x, _ = recorded()
+    r = reward(x[-1])
+    advantage = (r - jnp.mean(r)) / jnp.std(r)
+    assert_gradient(new.params, weights(0), policy_gradient_loss([advantage] * STEPS, KL_WEIGHT))
+
+
+def test_rwr():
+    """Weighted maximum likelihood on the reference's paths, weights `exp(r / lambda)` over their mean."""
+    new, _ = one_step(cd.rwr(objective(KL_WEIGHT), SGD))
+    x, _ = recorded(which=1)
+    chain = Chain()
+    w = jnp.exp(reward(x[-1]) / KL_WEIGHT)
+
+    def loss(params):
+        log_probs = sum(chain.log_prob(params, j, x[j], x[j + 1]) for j in range(STEPS))
+        return -KL_WEIGHT * jnp.mean(w / jnp.mean(w) * log_probs)
+
+    assert_gradient(new.params, weights(0), loss)
+
+
+def test_vidd():
+    """Su et al. 2025: every step of the reference weighted with the gain of `r(x0_hat)`, normalised over the batch."""
+    new, _ = one_step(cd.vidd(objective(KL_WEIGHT, lookahead=denoised), SGD))
+    x, _ = recorded(which=1)
+    chain = Chain()
+    values = [reward(chain.x0(weights(1), j, x[j])) for j in range(STEPS)] + [reward(x[-1])]
+
+    def loss(params):
+        total = 0.0
+        for j in range(STEPS):
+            w = jnp.exp((values[j + 1] - values[j]) / KL_WEIGHT)
+            total -= jnp.mean(w / jnp.mean(w) * chain.log_prob(params, j, x[j], x[j + 1]))
+        return KL_WEIGHT * total
+
+    assert_gradient(new.params, weights(0), loss)
+
+
 def test_conversions():
     """Each converted constant gives the same number as the published expression."""
     rng = np.random.default_rng(0)

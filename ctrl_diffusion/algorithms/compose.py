@@ -147,7 +147,7 @@ def compose(
         columns = Rows(
             j, x, x_next, rollout.noise, rollout.a_old, rollout.a_ref, rollout.x_hat, rollout.r_hat, tail, target, signal
         )
-        metrics = {"signal_std": jnp.std(signal)}
+        metrics = {"signal_std": jnp.std(signal)} if signal.size else {}
         if critic.optimizer is not None:
             residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
             metrics["value_explained_variance"] = 1 - residual

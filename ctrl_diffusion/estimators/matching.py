@@ -68,7 +68,10 @@ class Matching(AbstractEstimator):
         require_price(objective, "matching")
         if self.gradient is lean_adjoint or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
-        objective.transitions()
+        if not bool(jnp.all(objective.transitions().std > 0)):
+            raise ValueError(
+                "matching regresses on std^2 / (lambda psi) grad V, and a step of this chain has no noise: use eta > 0."
+            )
 
     def signal_calls(self, critic: Critic) -> Calls:
         """The reference's derivative: along the path, or inside the value."""
