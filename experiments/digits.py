@@ -52,7 +52,7 @@ class Config:
     """Which digit the reward "digit" asks for, 0 to 9."""
     algorithm: str = "score_as_action"
     """How to fine-tune: score_as_action (PPO), score_as_action_trpo, score_as_action_published, ddpo, dpok, flow_grpo, vard,
-    soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, path_consistency."""
+    soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, nabla_db, path_consistency."""
     kl_weight: float | None = None
     """Temperature lambda: price of path KL in reward units per nat. Default: the reward's own (digit 1, ink 1.5, holes 0.25,
     bytes 1.5), and 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a price."""

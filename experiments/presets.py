@@ -92,6 +92,12 @@ ALGORITHMS: dict[str, Choice] = {
     "rwr": Choice(lambda s: cd.rwr(s.objective, s.training), "reward-weighted likelihood of the reference's paths"),
     "vidd": Choice(lambda s: cd.vidd(s.objective, s.training), "value-weighted likelihood of the reference's steps"),
     "log_variance": Choice(lambda s: cd.log_variance(s.objective, s.training), "log-variance of path weights"),
+    "nabla_db": Choice(
+        lambda s: cd.nabla_db(s.objective, s.value, s.training),
+        "gradients of detailed balance",
+        learns_value=True,
+        differentiates=True,
+    ),
     "path_consistency": Choice(
         lambda s: cd.path_consistency(s.objective, s.value, s.training),
         "soft consistency with a learned value",

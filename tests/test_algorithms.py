@@ -10,7 +10,15 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.critics import log_ratio_to_go, soft_error
-from ctrl_diffusion.estimators import LogVariance, Matching, PathConsistency, Pathwise, lean_adjoint, value_gradient
+from ctrl_diffusion.estimators import (
+    GradientBalance,
+    LogVariance,
+    Matching,
+    PathConsistency,
+    Pathwise,
+    lean_adjoint,
+    value_gradient,
+)
 from ctrl_diffusion.objective import Rollout, Rows, chi_squared, squared_hellinger
 from ctrl_diffusion.states import positive_reward
 from ctrl_diffusion.trust import fisher_product, moved_kl
@@ -48,6 +56,7 @@ ESTIMATORS = {
     "pathwise through ten steps": (Pathwise(10), EXACT),
     "matching the value's gradient": (Matching(value_gradient), EXACT),
     "matching the lean adjoint": (Matching(lean_adjoint), NONE),
+    "gradients of detailed balance": (GradientBalance(), EXACT),
     "likelihood ratio": (cd.estimators.LikelihoodRatio(), EXACT),
     "log-variance": (LogVariance(), NONE),
     "path consistency": (PathConsistency(), EXACT),
@@ -69,6 +78,31 @@ def test_every_estimator_stands_still_at_the_optimum(name):
     at_optimum, at_reference = gradients
     assert at_reference[0] < 0  # towards the optimum
     assert np.linalg.norm(at_optimum) < 0.06 * np.linalg.norm(at_reference)
+
+
+def test_reverse_detailed_balance_finds_the_value():
+    """With the optimal policy, `V* + shift + w x^2` is fitted at w = 0: the reverse residual has mean zero given x there alone."""
+    problem = objective(100)
+
+    def tilted(params, t, x, x_hat, r_hat, cond=None):
+        return PROBLEM.value(t, x) + params * (1 - jnp.broadcast_to(t, x.shape[:1]) / PROCESS.t1) * x[:, 0] ** 2
+
+    class Tilted(cd.AbstractValue):
+        t0: float = PROCESS.t0
+        t1: float = PROCESS.t1
+        uses_reward: bool = False
+
+        def __call__(self, params, t, x, x_hat, r_hat, cond=None):
+            return tilted(params, t, x, x_hat, r_hat)
+
+    critic = cd.Critic(Tilted(), optax.sgd(1.0))
+    algorithm = cd.compose(problem, GradientBalance(), critic, cd.Training(optax.sgd(0.0), 2048))
+    slopes = []
+    for w in (-0.3, 0.0, 0.3):
+        state = algorithm.init(jnp.asarray([1.0, 0.0, 0.0]), jnp.asarray(w))._replace(reference=jnp.zeros(3))
+        slopes.append(w - float(algorithm.step(jax.random.key(0), state)[0].value_params))
+    assert slopes[0] < 0 < slopes[2]
+    assert abs(slopes[1]) < 0.1 * (slopes[2] - slopes[0])
 
 
 def pairs(problem, params, batch=512):

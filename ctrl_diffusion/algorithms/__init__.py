@@ -15,6 +15,7 @@ from .presets import (
     draft as draft,
     flow_grpo as flow_grpo,
     log_variance as log_variance,
+    nabla_db as nabla_db,
     path_consistency as path_consistency,
     refl as refl,
     rwr as rwr,

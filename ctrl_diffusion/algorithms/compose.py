@@ -155,15 +155,17 @@ def compose(
             return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), columns), metrics
         return jax.tree.map(lambda v: v[starts].reshape((rows_in_all,) + v.shape[2:]), columns), metrics
 
-    def value_step(value_params, state, rows: Rows):
+    def value_step(value_params, state, params, reference, rows: Rows):
         """One update of the value on the same rows."""
         if critic.optimizer is None:
             return value_params, state, {}
-        if estimator.whole_paths:
-            rows = jax.tree.map(lambda v: v.reshape((-1,) + v.shape[2:]), rows)
-        error, gradient = jax.value_and_grad(critic.error)(value_params, objective, rows)
+
+        def loss(value_params):
+            return estimator.value_error(objective, critic, value_params, params, reference, rows)
+
+        error, gradient = jax.value_and_grad(loss)(value_params)
         change, state = critic.optimizer.update(gradient, state, value_params)
-        return jax.tree.map(lambda p, c: p + c, value_params, change), state, {"value_loss": error}
+        return optax.apply_updates(value_params, change), state, {"value_loss": error}
 
     def policy_loss(reference, value_params):
         return lambda params, rows: estimator.loss(objective, critic, params, Models(reference, value_params), rows)
@@ -173,9 +175,9 @@ def compose(
         """One update of policy and value on the rows with these indices."""
         params, value_params, opt, value_opt = learned
         rows = jax.tree.map(lambda v: v[chosen_rows], rows)
-        params, opt, metrics = trust_region.minibatch(policy_loss(reference, value_params), params, opt, rows)
-        value_params, value_opt, value_metrics = value_step(value_params, value_opt, rows)
-        return (params, value_params, opt, value_opt), metrics | value_metrics
+        new_params, opt, metrics = trust_region.minibatch(policy_loss(reference, value_params), params, opt, rows)
+        value_params, value_opt, value_metrics = value_step(value_params, value_opt, params, reference, rows)
+        return (new_params, value_params, opt, value_opt), metrics | value_metrics
 
     @jax.jit
     def finish(params, models: Models, rows: Rows):

@@ -6,6 +6,7 @@ sum log-densities and KL over state dimensions, and price the path KL in nats (`
 
 from ..critics import Critic, Target, ValueLoss, kl_to_go, log_ratio_to_go, returns, soft_error, squared_error
 from ..estimators import (
+    GradientBalance,
     LikelihoodRatio,
     LogVariance,
     Matching,
@@ -294,6 +295,22 @@ def path_consistency(objective: Objective, value: AbstractValue, training: Train
         ```
     """
     return compose(objective, PathConsistency(span), Critic(value, training.value, log_ratio_to_go), training)
+
+
+def nabla_db(objective: Objective, value: AbstractValue, training: Training) -> Algorithm:
+    r"""Residual nabla-DB: detailed balance of the optimal law, differentiated in both ends of a step.
+
+    Liu et al. 2025. Deviations: the residual flow's score is the gradient of a scalar (structured) value over lambda; the policy follows
+    the forward residual and the value the reverse one (the paper sums both for both); no clipping of gradients by time.
+
+    ??? cite "Reference"
+        ```bibtex
+        @inproceedings{liu2025nabladb, title={Efficient Diversity-Preserving Diffusion Alignment via Gradient-Informed GFlowNets},
+          author={Liu, Zhen and Xiao, Tim Z. and Liu, Weiyang and Bengio, Yoshua and Zhang, Dinghuai}, booktitle={ICLR}, year={2025},
+          eprint={2412.07775}}
+        ```
+    """
+    return compose(objective, GradientBalance(), Critic(value, training.value, log_ratio_to_go), training)
 
 
 def no_critic(objective: Objective) -> Critic:

@@ -8,7 +8,12 @@ from .likelihood_ratio import (
     exponential_return as exponential_return,
     exponential_return_from_reference as exponential_return_from_reference,
 )
-from .matching import Matching as Matching, lean_adjoint as lean_adjoint, value_gradient as value_gradient
+from .matching import (
+    GradientBalance as GradientBalance,
+    Matching as Matching,
+    lean_adjoint as lean_adjoint,
+    value_gradient as value_gradient,
+)
 from .pathwise import (
     Pathwise as Pathwise,
     discount_per_step as discount_per_step,

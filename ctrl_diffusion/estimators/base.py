@@ -61,6 +61,12 @@ class AbstractEstimator(eqx.Module):
         """What one evaluation of `loss` with its gradient calls, per row."""
         return Calls(gradient=objective.intervals if self.whole_paths else 1)
 
+    def value_error(
+        self, objective: Objective, critic: Critic, value_params: Params, params: Params, reference: Params, rows: Rows
+    ) -> Float[Array, ""]:
+        """Loss of the value on the same rows: the critic's regression, unless the estimator has its own."""
+        return critic.error(value_params, objective, per_path(rows)[0] if self.whole_paths else rows)
+
     @abc.abstractmethod
     def loss(
         self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows

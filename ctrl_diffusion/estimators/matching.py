@@ -91,3 +91,49 @@ class Matching(AbstractEstimator):
         error = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
         metrics: Metrics = {"matching_error": objective.intervals * jnp.mean(error)}
         return objective.kl_weight * objective.intervals * jnp.mean(error), metrics
+
+
+class GradientBalance(AbstractEstimator):
+    r"""Residual nabla-detailed-balance: `V(t', x') - V(t, x) = lambda log (pi_theta / pi_ref)(x' | x)`, differentiated.
+
+    In `x'` (*forward*) it determines the policy given the value, and is matching with `grad V(t', x')`; in `x` (*reverse*),
+
+        grad V(t, x) = -lambda grad_x [log pi_theta - log pi_ref](x' | x) - grad_x cost_j,
+
+    it determines the value given the policy, and is the value's loss here, in place of a regression on returns. Liu et al. 2025, eq. 14
+    to 18, in terms of a scalar value whose gradient is the residual flow's score.
+    """
+
+    whole_paths: bool = eqx.field(static=True, default=False, init=False)
+
+    def check(self, objective: Objective, critic: Critic) -> None:
+        Matching(value_gradient).check(objective, critic)
+        require_differentiable(objective, "the gradient of the value at the end")
+
+    def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
+        """The policy, and what the value's gradient needs at both ends (with the policy's and the reference's derivatives)."""
+        return Calls(gradient=3 + 2 * int(critic.value.uses_reward), reward=2)
+
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        step, t_next = objective.transitions(), objective.sampler.ts[rows.j + 1]
+        g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x)))(rows.x_next)
+        target = rows.a_ref + expand(step.std[rows.j] ** 2 / (objective.kl_weight * step.psi[rows.j]), g) * g
+        return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
+
+    def value_error(
+        self, objective: Objective, critic: Critic, value_params: Params, params: Params, reference: Params, rows: Rows
+    ) -> Float[Array, ""]:
+        """Mean of `|grad V(t, x) + lambda grad_x log (pi_theta / pi_ref)(x' | x) + grad cost|^2 / 2`, summed over dimensions."""
+        phi, psi, std = (expand(v[rows.j], rows.x) for v in objective.transitions())
+
+        def log_ratio_of(x):
+            def squared(p):
+                return ((rows.x_next - phi * x - psi * objective.control(p, rows.j, x)) / std) ** 2
+
+            return -0.5 * jnp.sum(squared(params) - squared(reference))
+
+        t, t_next = objective.sampler.ts[rows.j], objective.sampler.ts[rows.j + 1]
+        cost = jax.grad(lambda x: jnp.sum((t_next - t) * objective.sampler.process.running_cost(t, x)))(rows.x)
+        pull = objective.kl_weight * jax.lax.stop_gradient(jax.grad(log_ratio_of)(rows.x)) + cost
+        g = jax.grad(lambda x: jnp.sum(critic(value_params, objective, reference, t, x)))(rows.x)
+        return 0.5 * jnp.mean(jnp.sum((g + pull) ** 2, axis=tuple(range(1, g.ndim))))
