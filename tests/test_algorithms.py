@@ -262,8 +262,7 @@ def test_a_strangers_algorithm():
     for key in jax.random.split(jax.random.key(0), 60):
         state, _ = mine.step(key, state)
     gap = exact.fine_gap(problem, sampler.control, state.params, cd.sample_keys(jax.random.key(1), 512), steps=100)
-    print("GAP", gap.relative)
-    assert gap.relative.mean < 0.1
+    assert gap.relative.mean < 0.1  # measured: 0.080 +- 0.005 after 60 iterations of 256 paths
     assert (
         exact.fine_gap(problem, sampler.control, params, cd.sample_keys(jax.random.key(1), 512), steps=100).relative.mean > 0.99
     )
