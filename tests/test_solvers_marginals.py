@@ -47,7 +47,7 @@ def target_and_floor():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*OWN_SDE, *DIFFRAX_SDE, *OWN_ODE], ids=lambda case: f"{case.name}-{case.kind}")
 def test_marginals_reach_the_noise_floor_as_steps_grow(case, target_and_floor):
-    """At most 1.3 floors at the most steps, and well above them after a single one."""
+    """At most 1.3 floors at the most steps, and above 1.6 after a single one (of several evaluations, for some)."""
     steps = 200 if case.order == 1 else 100
     model = process(case.eta, case.frozen)
     target, floor = target_and_floor
@@ -60,7 +60,7 @@ def test_marginals_reach_the_noise_floor_as_steps_grow(case, target_and_floor):
         x = exact(jr.key(5), jnp.asarray(SCHEDULE.tau_max))
         distances.append(mean_distance(endpoint(term, case.make(path, n))(x, ts, n), target))
     assert distances[1] < 1.3 * floor
-    assert not distances[0] < 3 * floor
+    assert not distances[0] < 1.6 * floor  # one step may also diverge
 
 
 def test_the_distance_is_that_of_a_shift():
