@@ -164,12 +164,13 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         problem = solver_cost.small(solver_cost.trivial_problem(config.ratio_batch))
     else:
         problem = solver_cost.digits_problem(config.ratio_batch, 256, 3)
+    repeats = config.repeats if case.kind in (ODE, SDE) else min(config.repeats, 2)  # slow, and without a target
     return dict(
         name=case.name,
         kind=case.kind,
         declared_order=case.order,
         measured_order=measured_order(evaluations, errors),
-        ratio_to_scan=solver_cost.ratio(case, problem, config.ratio_evaluations, config.repeats),
+        ratio_to_scan=solver_cost.ratio(case, problem, config.ratio_evaluations, repeats),
         evaluations=evaluations,
         errors=errors,
     )
