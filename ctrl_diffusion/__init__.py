@@ -13,6 +13,7 @@ from . import (
 )
 from .algorithms import (
     Algorithm as Algorithm,
+    TimeSampling as TimeSampling,
     Training as Training,
     adjoint_matching as adjoint_matching,
     alignprop as alignprop,

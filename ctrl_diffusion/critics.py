@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 
 from .objective import Objective, Rollout, Rows, advantages, to_go, value_increments
 from .process import Params
-from .sampler import log_ratio
 from .values import AbstractValue
 
 Target = Callable[[Objective, Rollout], Float[Array, "n b"]]
@@ -38,14 +37,7 @@ def kl_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
 
 def log_ratio_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
     """`r(X_T) - sum_{l >= j} (cost_l + lambda log (dP^a/dP^ref)_l)` with the realised log-ratios instead of their means."""
-    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * _log_ratios(objective, rollout))
-
-
-def _log_ratios(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
-    def row(scale, a, a_ref, noise):
-        return -log_ratio(scale * (a_ref - a), noise)
-
-    return jax.vmap(row)(objective.scales, rollout.a_old, rollout.a_ref, rollout.noise)
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * objective.step_log_ratios(rollout))
 
 
 def squared_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: float) -> Float[Array, ""]:
@@ -98,7 +90,7 @@ class Critic(eqx.Module):
         if self.horizon == float("inf"):
             return target
         paid = target - jnp.concatenate([target[1:], rollout.reward[None]])  # minus what interval j costs
-        increments = value_increments(values, -paid, 1.0)
+        increments = value_increments(values, -paid)
         return values[:-1] + advantages(increments, jnp.diff(rollout.t), self.horizon)
 
     def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:

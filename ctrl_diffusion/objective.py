@@ -22,7 +22,7 @@ from .predictions import expand
 from .process import DiffusionProcess, Params, State
 from .rewards import Reward, as_reward
 from .sampler import Sampler, log_ratio
-from .solvers import ExponentialEuler, Transition
+from .solvers import ExponentialEuler
 
 Penalty = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 Lookahead = Callable[[Sampler, Params, Float[Array, ""] | Float[Array, " m"], State, State], State]
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
     """What a loss is computed on: `[m]` (time, sample) pairs, or `[m, n]` whole paths; `j` is the control interval.
 
     `signal` is what the estimator computed ahead: advantages `[m]`, target actions `[m, *x]`, or nothing. `x_next` is the state
-    at the end of the interval, `tail` the reward of the path less the running costs from `t_j` on.
+    at the end of the interval, `weight` what its loss counts (1, unless times are sampled unevenly).
     """
 
     j: Int[Array, "..."]
@@ -92,7 +92,7 @@ class Rows(NamedTuple):
     a_ref: Float[Array, "..."]
     x_hat: Float[Array, "..."]
     r_hat: Float[Array, "..."]
-    tail: Float[Array, "..."]
+    weight: Float[Array, "..."]
     target: Float[Array, "..."]
     signal: Float[Array, "..."]
 
@@ -168,8 +168,11 @@ class Objective(eqx.Module):
     def step_log_ratio(self, rows: Rows, a: State) -> Float[Array, " m"]:
         """`log dP^a / dP^ref` of recorded intervals, whoever made them; summed over state dimensions."""
         scale = self.scales[rows.j]
-        ours = log_ratio(shift(scale, a, rows.a_old), rows.noise)
-        return ours - log_ratio(shift(scale, rows.a_ref, rows.a_old), rows.noise)
+        return log_ratio(shift(scale, a, rows.a_old), rows.noise) + _old_to_reference(scale, rows.a_old, rows.a_ref, rows.noise)
+
+    def step_log_ratios(self, rollout: Rollout) -> Float[Array, "n b"]:
+        """`log dP^old / dP^ref` of every interval, `old` being the policy that made it; summed over state dimensions."""
+        return jax.vmap(_old_to_reference)(self.scales, rollout.a_old, rollout.a_ref, rollout.noise)
 
     def costs(self, rollout: Rollout) -> Float[Array, "n b"]:
         """Running cost of every interval, `f(t_j, x_j) dt_j`."""
@@ -180,11 +183,9 @@ class Objective(eqx.Module):
         """Price of every interval of the old policy, nats (for the KL)."""
         return jax.vmap(self.price)(self.price_scales, rollout.a_old, rollout.a_ref)
 
-    def transitions(self) -> Transition:
-        """The chain's affine Gaussian steps in the action, one row per interval; `TypeError` for solvers that make none."""
-        with jax.ensure_compile_time_eval():
-            process, solver, ts = self.sampler.process, self.sampler.solver, self.sampler.ts
-            return jax.jit(jax.vmap(lambda t0, t1: process.transition(solver, t0, t1)))(ts[:-1], ts[1:])
+
+def _old_to_reference(scale, a_old, a_ref, noise) -> Float[Array, " m"]:
+    return -log_ratio(shift(scale, a_ref, a_old), noise)
 
 
 def to_go(increments: Float[Array, "n b"]) -> Float[Array, "n b"]:
@@ -192,9 +193,9 @@ def to_go(increments: Float[Array, "n b"]) -> Float[Array, "n b"]:
     return jnp.cumsum(increments[::-1], axis=0)[::-1]
 
 
-def value_increments(values: Float[Array, "K b"], kl: Float[Array, "K-1 b"], kl_weight: float) -> Float[Array, "K-1 b"]:
-    """`V_{j+1} - V_j - kl_weight kl_j`: what interval `j` gained, in reward units."""
-    return values[1:] - values[:-1] - kl_weight * kl
+def value_increments(values: Float[Array, "K b"], paid: Float[Array, "K-1 b"]) -> Float[Array, "K-1 b"]:
+    """`V_{j+1} - V_j - paid_j`: what interval `j` gained, in reward units; it pays its running cost and the price of its KL."""
+    return values[1:] - values[:-1] - paid
 
 
 def advantages(increments: Float[Array, "n b"], dt: Float[Array, " n"], horizon: float) -> Float[Array, "n b"]:
@@ -212,11 +213,6 @@ def advantages(increments: Float[Array, "n b"], dt: Float[Array, " n"], horizon:
         return advantage, advantage
 
     return jax.lax.scan(backward, jnp.zeros_like(increments[0]), (increments, decay), reverse=True)[1]
-
-
-def returns_to_go(reward: Float[Array, " b"], kl: Float[Array, "n b"], kl_weight: float) -> Float[Array, "n b"]:
-    """`r(X_T) - kl_weight sum_{l >= j} kl_l`: Monte Carlo targets of the value at `t_0 .. t_{K-2}`."""
-    return reward - kl_weight * jnp.cumsum(kl[::-1], axis=0)[::-1]
 
 
 def clipped_surrogate(log_ratio: Float[Array, " n"], advantage: Float[Array, " n"], clip: float) -> Float[Array, " n"]:

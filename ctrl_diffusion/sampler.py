@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from .predictions import expand
 from .process import AbstractControlledSDE, Cond, ControlFn, Params, State
-from .solvers import ExponentialEuler, KeyedPath, RecordedPath, integrate, levy_area_for
+from .solvers import ExponentialEuler, KeyedPath, RecordedPath, Transition, integrate, levy_area_for
 
 
 class Trajectory(NamedTuple):
@@ -98,6 +98,11 @@ class Sampler(eqx.Module):
         x = integrate(term, self.solver, self.grid, x0, (params, cond), every_step=True)
         return Trajectory(self.ts, x, jnp.zeros_like(x[1:]) if noise is None else noise)
 
+    def transitions(self) -> Transition:
+        """The chain's steps, affine Gaussian in the action, one row per interval; `TypeError` for solvers that make none."""
+        with jax.ensure_compile_time_eval():
+            return _transitions(self.process, self.solver, self.ts)
+
     def chain_scales(self) -> Float[Array, " n"]:
         """`psi / std` of every step: the change of a step's mean in units of its noise, per unit of action.
 
@@ -105,8 +110,7 @@ class Sampler(eqx.Module):
         transition and `ValueError` where a step ends without noise.
         """
         with jax.ensure_compile_time_eval():
-            ts = self.ts
-            step = jax.jit(jax.vmap(lambda t0, t1: self.process.transition(self.solver, t0, t1)))(ts[:-1], ts[1:])
+            step = self.transitions()
             scales = step.psi / step.std
             if not bool(jnp.all(jnp.isfinite(scales))):
                 j = int(jnp.argmin(jnp.isfinite(scales)))
@@ -124,6 +128,11 @@ class Sampler(eqx.Module):
     def brownian(self, ts, keys) -> KeyedPath:
         """Keyed Brownian motion on `ts` with the Levy area that the solver asks for."""
         return KeyedPath(ts=ts, keys=keys, shape=self.shape, levy_area=levy_area_for(self.solver))
+
+
+@eqx.filter_jit
+def _transitions(process: AbstractControlledSDE, solver: dfx.AbstractSolver, ts: Float[Array, " K"]) -> Transition:
+    return jax.vmap(lambda t0, t1: process.transition(solver, t0, t1))(ts[:-1], ts[1:])
 
 
 def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "n b *x"]:

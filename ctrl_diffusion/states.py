@@ -1,6 +1,7 @@
 """The law of the states that a policy is trained on: its own, a buffer of past paths, or the reference's."""
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float, Key
 from .objective import Rollout
 from .process import Params
 
-Priority = Any  # (rewards [capacity]) -> weights [capacity], at least 0
+Priority = Callable[[Float[Array, " n"]], Float[Array, " n"]]
+"""Weights, at least 0, of stored paths by their rewards."""
 
 
 class AbstractStates(eqx.Module):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from .estimators.base import per_path
 from .exploration import shift
 from .objective import Objective, Rows
+from .predictions import expand
 from .process import Params
 
 Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
@@ -38,7 +39,7 @@ class AbstractTrustRegion(eqx.Module):
         return params, {}
 
     def loss_evaluations(self, rows: int, epochs: int) -> int:
-        """Rows on which the loss and its gradient are evaluated in an iteration of `epochs` passes, or the like."""
+        """Rows on which the loss is evaluated with its gradient in an iteration of `epochs` passes, or at the like cost."""
         return rows * epochs
 
 
@@ -93,19 +94,18 @@ class NaturalGradient(AbstractTrustRegion):
         return ()
 
     def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows):
-        value, metrics = loss(params, rows)
-        return params, state, metrics | {"policy_loss": value}
+        return params, state, {}
 
     def loss_evaluations(self, rows: int, epochs: int) -> int:
         """The gradient, a jvp and a vjp per conjugate-gradient iteration, and the line search's first attempt (three forwards).
 
-        The forward passes of the value's epochs (a loss without gradient) and further attempts count as well: at most `backtracks`.
+        Further attempts, at most `backtracks`, are not counted.
         """
         fisher = rows if self.fisher_rows is None else min(rows, self.fisher_rows)
-        return rows * (2 + epochs) + 2 * (self.iterations + 1) * fisher
+        return 2 * rows + 2 * (self.iterations + 1) * fisher
 
     def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
-        (before, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        (before, loss_metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
         states = per_path(rows)[0] if rows.j.ndim == 2 else rows
         some = states if self.fisher_rows is None else jax.tree.map(lambda v: v[: self.fisher_rows], states)
 
@@ -132,7 +132,8 @@ class NaturalGradient(AbstractTrustRegion):
         i, candidate, kl, after = jax.lax.while_loop(rejected, halve, (jnp.zeros((), jnp.int32), *attempt(0)))
         taken = i <= self.backtracks
         params = jax.tree.map(lambda new, old: jnp.where(taken, new, old), candidate, params)
-        metrics = {
+        metrics = loss_metrics | {
+            "policy_loss": before,
             "update_kl": jnp.where(taken, kl, 0.0),
             "backtracks": i.astype(before.dtype),
             "surrogate_gain": jnp.where(taken, before - after, 0.0),
@@ -142,9 +143,9 @@ class NaturalGradient(AbstractTrustRegion):
 
 
 def moved_kl(objective: Objective, params: Params, old: Params, rows: Rows) -> Float[Array, ""]:
-    """Path KL from the policy `old` to the policy `params`, nats: mean of a step's KL over rows `[m]`, times the number of steps."""
+    """Path KL from the policy `old` to `params`, nats: weighted mean of a step's KL over rows `[m]`, times the number of steps."""
     z = shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), objective.control(old, rows.j, rows.x))
-    return objective.intervals * jnp.mean(0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
+    return objective.intervals * jnp.mean(rows.weight * 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 
 
 def fisher_product(objective: Objective, params: Params, rows: Rows, vector: Params) -> Params:
@@ -155,4 +156,4 @@ def fisher_product(objective: Objective, params: Params, rows: Rows, vector: Par
 
     _, tangent = jax.jvp(scaled, (params,), (vector,))
     _, vjp = jax.vjp(scaled, params)
-    return vjp(objective.intervals / tangent.shape[0] * tangent)[0]
+    return vjp(objective.intervals / tangent.shape[0] * expand(rows.weight, tangent) * tangent)[0]

@@ -17,13 +17,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import standard_normal
 
+from .commandline import execute
 from .files import write_atomic
 
 
@@ -120,20 +120,18 @@ def run(config: Config) -> dict[str, float]:
     return metrics
 
 
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.benchmark")
-    try:
-        metrics = run(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
+def sentence(metrics: dict[str, float]) -> str:
+    """The result in words."""
+    return (
         f"rollout / scan: {metrics['rollout_ratio_to_scan']:.3f} (quartiles {metrics['rollout_ratio_low']:.3f} to "
         f"{metrics['rollout_ratio_high']:.3f}); {1e3 * metrics['rollout_seconds']:.1f} ms against "
         f"{1e3 * metrics['scan_seconds']:.1f} ms; samples differ by at most {metrics['max_difference_of_samples']:.1e}"
     )
-    return 0
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return execute(lambda config: print(sentence(run(config))), Config, __doc__, "experiments.benchmark", args)
 
 
 if __name__ == "__main__":

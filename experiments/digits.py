@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
 import ctrl_diffusion as cd
@@ -30,6 +29,7 @@ from ctrl_diffusion.rewards import as_reward
 
 from . import data as datasets
 from .classifier import LogProbabilities, train_classifier
+from .commandline import execute
 from .evaluation import Evaluator, Samples, summary
 from .files import write_arrays
 from .presets import Settings, choose, require_gradient, value_for
@@ -110,13 +110,7 @@ class Config:
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.digits")
-    try:
-        run(config)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return execute(run, Config, __doc__, "experiments.digits", args)
 
 
 def run(

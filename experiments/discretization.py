@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
@@ -29,19 +28,17 @@ from ctrl_diffusion.optimum import mean_and_error
 
 from . import data as datasets
 from .classifier import train_classifier
+from .commandline import execute
 from .discretization_cells import (
     Samplers,
-    Target,
     as_choices,
     bandwidth_of,
     collect,
-    energy_distance,
-    make_target,
-    noise_floor,
 )
 from .discretization_config import Config as Config, filled, resolve
 from .discretization_figures import write_figures
 from .discretization_summary import METHODS, NAMES, PRICED, summarise, table, verdict
+from .distances import Target, energy_distance, make_target, noise_floor
 from .evaluation import Samples, summary
 from .files import write_arrays, write_atomic
 from .rewards import REWARDS
@@ -62,13 +59,7 @@ class Policies(NamedTuple):
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.discretization")
-    try:
-        run(config)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return execute(run, Config, __doc__, "experiments.discretization", args)
 
 
 def run(config: Config) -> dict[str, Any]:

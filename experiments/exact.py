@@ -9,6 +9,7 @@ Budgets are fixed beforehand and stated in evaluations. A run that was stopped c
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import sys
@@ -16,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
 from tqdm import tqdm
 
+from .commandline import execute
 from .exact_report import write_report
 from .exact_units import BUDGETS, DEFAULT, ENTRIES, PROBLEMS, Budget, solve, why_not
 from .files import write_atomic
@@ -110,10 +111,9 @@ def run(config: Config) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     missing = [unit for unit in todo if not (folder / f"{unit.name}.json").exists()]
     with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
-        for unit, result in _results(missing, config.workers):
-            write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+        for name, gap in _solved(missing, config.workers, folder):
             bar.update()
-            bar.set_postfix_str(f"{unit.name}: gap {result['relative_gap']}")
+            bar.set_postfix_str(name if gap is None else f"{name}: gap {100 * gap:.2f} %")
     found = [json.loads((folder / f"{unit.name}.json").read_text()) for unit in todo]
     metrics = {"results": [{k: v for k, v in result.items() if k != "history"} for result in found]}
     write_report(config.out, found)
@@ -122,35 +122,38 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _results(todo: list[Unit], workers: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    if workers == 1 or len(todo) < 2:
+def _solved(todo: list[Unit], workers: int, folder: Path) -> Iterator[tuple[str, float | None]]:
+    """Names and gaps of units as they are finished; the seeds of an algorithm on a problem share a process, and compile once."""
+    groups = [list(found) for _, found in itertools.groupby(todo, key=lambda unit: unit[:2])]
+    if workers == 1 or len(groups) < 2:
         for unit in todo:
-            yield unit, _solve(unit)
+            yield _solve(unit, folder)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
-        pending = {pool.submit(_solve, unit): unit for unit in todo}
+        pending = [pool.submit(_solve_all, group, folder) for group in groups]
         try:
             for future in concurrent.futures.as_completed(pending):
-                yield pending[future], future.result()
+                yield from future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _solve(unit: Unit) -> dict[str, Any]:
-    return solve(unit.algorithm, unit.problem, unit.seed, unit.budget)
+def _solve_all(units: list[Unit], folder: Path) -> list[tuple[str, float | None]]:
+    return [_solve(unit, folder) for unit in units]
+
+
+def _solve(unit: Unit, folder: Path) -> tuple[str, float | None]:
+    """Solve a unit and keep its result."""
+    result = solve(unit.algorithm, unit.problem, unit.seed, unit.budget)
+    write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+    return unit.name, result["relative_gap"]
 
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.exact")
-    try:
-        run(config)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return execute(run, Config, __doc__, "experiments.exact", args)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from ctrl_diffusion.solvers import brownian_tree, integrate, integrate_adaptive
 
 from . import solver_cost
+from .commandline import execute
 from .files import write_atomic
 from .solver_cases import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from .solver_problems import (
@@ -237,14 +237,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.solvers")
-    try:
-        rows = run(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(rows))
-    return 0
+    return execute(lambda config: print(table(run(config))), Config, __doc__, "experiments.solvers", args)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def pairs(problem, params, batch=512):
     j = jnp.repeat(jnp.arange(n), batch)
     x = path.x[:-1].reshape(n * batch, 1)
     empty = jnp.zeros(n * batch)
-    return Rows(j, x, x, x, x, x, x, empty, empty, empty, empty)
+    return Rows(j, x, x, x, x, x, x, empty, jnp.ones_like(empty), empty, empty)
 
 
 def test_fisher_product_is_the_hessian_of_the_path_kl():
@@ -205,6 +205,34 @@ def test_replay_by_priority():
         cd.Replay(1).init(rollout(2, 0))
 
 
+def test_sampled_times_leave_the_gradient_where_it_is():
+    """Rows at a few times, late ones preferred: the weighted mean is that of all rows, the plain mean is not."""
+    n, batch = 10, 40_000
+    t = jnp.linspace(0.0, 0.9, n)
+    j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
+    values = jnp.exp(t)[:, None] + 0.1 * jax.random.normal(jax.random.key(1), (n, batch))
+    columns = Rows(j, *[values] * 7, jnp.ones_like(values), values, values)
+    rows = cd.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
+    np.testing.assert_array_equal(
+        rows.signal, values[rows.j, jnp.arange(batch)]
+    )  # all columns of a row are of one (time, path)
+    weighted = rows.weight * rows.signal
+    error = float(jnp.std(weighted)) / weighted.size**0.5
+    assert abs(float(jnp.mean(weighted) - jnp.mean(values))) < 5 * error
+    assert float(jnp.mean(rows.signal) - jnp.mean(values)) > 20 * error
+
+
+def test_sampled_times_train_to_the_same_gradient():
+    """An iteration on 20 of 100 times of every path moves the policy as one on all of them does."""
+    moves = []
+    for times in (None, cd.TimeSampling(20, lambda t: 1 + t)):
+        algorithm = cd.compose(objective(), Matching(value_gradient), EXACT, cd.Training(optax.sgd(1.0), 4096, times=times))
+        state = algorithm.init(jnp.zeros(3))
+        moves.append(np.asarray(algorithm.step(jax.random.key(0), state)[0].params))
+    # the matching error of a row varies by about its mean: 1/sqrt(4096 * 20) of it, five of these
+    np.testing.assert_allclose(moves[1], moves[0], atol=5 / np.sqrt(4096 * 20) * np.linalg.norm(moves[0]))
+
+
 def test_penalties_are_divergences_between_gaussians():
     """Of equal variance, against quadrature."""
     shift = 0.8
@@ -261,11 +289,10 @@ def test_a_strangers_algorithm():
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 60):
         state, _ = mine.step(key, state)
-    gap = exact.fine_gap(problem, sampler.control, state.params, cd.sample_keys(jax.random.key(1), 512), steps=100)
+    ruler = exact.Ruler(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
+    gap = ruler.gap(sampler.control, state.params)
     assert gap.relative.mean < 0.1  # measured: 0.080 +- 0.005 after 60 iterations of 256 paths
-    assert (
-        exact.fine_gap(problem, sampler.control, params, cd.sample_keys(jax.random.key(1), 512), steps=100).relative.mean > 0.99
-    )
+    assert ruler.gap(sampler.control, params).relative.mean > 0.99
 
 
 REFUSALS = {

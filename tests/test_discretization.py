@@ -14,10 +14,11 @@ from scipy import stats
 
 import ctrl_diffusion as cd
 from experiments import discretization
-from experiments.discretization_cells import SOLVERS, Samplers, distances, energy_distance, make_target, noise_floor
+from experiments.discretization_cells import SOLVERS, Samplers
 from experiments.discretization_config import resolve
 from experiments.discretization_figures import best_rewards
 from experiments.discretization_summary import METHODS, summarise, table, verdict
+from experiments.distances import distances, energy_distance, make_target, noise_floor
 from experiments.evaluation import Evaluator
 
 TINY = discretization.Config(

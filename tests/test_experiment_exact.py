@@ -5,11 +5,24 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.algorithms.presets import lookahead_critic
+from ctrl_diffusion.estimators import Pathwise
 from experiments import exact as leaderboard
-from experiments.exact_units import BUDGETS, DEFAULT, DIFFUSION, ENTRIES, PROBLEMS, lab, own_fixed_point, why_not
+from experiments.exact_units import (
+    BUDGETS,
+    DEFAULT,
+    DIFFUSION,
+    ENTRIES,
+    PROBLEMS,
+    discounted_guess_action,
+    lab,
+    mean_value_action,
+    why_not,
+)
 from experiments.presets import choose
 
 KEYS = """algorithm problem seed relative_gap optimality_gap_se control_l2_error zero_control_l2_error reward path_kl
@@ -75,10 +88,9 @@ def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
 
 def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_temperature():
     """Under `a = a_ref + (a*_{lambda/2} - a_ref)/2` the mean reward from x is `V*_{lambda/2}(t, x)`, so `a` is greedy for it."""
-    place = lab("ring_linear", 0)
+    place = lab("ring_linear")
     problem = place.problem
-    action = own_fixed_point("vard", problem)
-    assert action is not None and own_fixed_point("dpok", problem) is None
+    action = mean_value_action(place)
     half = type(problem)(problem.process, problem.data, problem.reward, problem.kl_weight / 2)
     sampler = cd.Sampler(problem.process, action, (2,), grid=problem.grid(400))
     path = jax.jit(lambda keys: sampler.trajectory(None, keys))(cd.sample_keys(jax.random.key(0), 4096))
@@ -95,3 +107,30 @@ def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_tempe
     x, t = path.x[200], path.t[200]
     greedy = problem.reference_action(None, t, x) + half.value_gradient(t, x) / problem.kl_weight
     np.testing.assert_allclose(action(None, t, x), greedy, atol=1e-4 * float(jnp.max(jnp.abs(greedy))))
+
+
+def test_the_fixed_point_of_the_discounted_guess_is_stationary():
+    """On the ring's chain, the gradient of SQDF's loss in a shift and a scale of the pull vanishes at `discounted_guess_action`."""
+    place = lab("ring_linear")
+    problem, ts = place.problem, place.sampler.ts
+    pulled = discounted_guess_action(place)
+
+    def control(params, t, x, cond=None):
+        a, a_ref = pulled(None, t, x), problem.reference_action(None, t, x)
+        return a_ref + (1 + params[0]) * (a - a_ref)
+
+    gradients = []
+    for steps in (50, 200):
+        grid = np.interp(np.linspace(0, 50, steps + 1), np.arange(51), ts)
+        sampler = cd.Sampler(problem.process, control, (2,), grid=grid)
+        objective = cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight)
+        discount = jnp.asarray(0.9 ** (49 - np.arange(steps) * 50 / steps), jnp.float32)  # SQDF's at 50 steps
+        estimator = Pathwise(1, credit=lambda objective, discount=discount: discount)
+        algorithm = cd.compose(objective, estimator, lookahead_critic(objective), cd.Training(optax.sgd(1.0), 4096))
+        moved = []
+        for start in (0.0, -1.0):
+            state = algorithm.init(jnp.asarray([start]))._replace(reference=jnp.asarray([-1.0]))
+            moved.append(float(algorithm.step(jax.random.key(0), state)[0].params[0]) - start)
+        gradients.append(abs(moved[0] / moved[1]))
+    assert gradients[1] < 0.05  # of the pull at the reference
+    assert gradients[1] < 0.5 * gradients[0]  # what is left is discretisation

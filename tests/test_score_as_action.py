@@ -13,10 +13,10 @@ from ctrl_diffusion.exact import GaussianQuadratic
 from ctrl_diffusion.objective import (
     advantages,
     clipped_surrogate,
-    returns_to_go,
     standardise,
     standardise_all,
     standardise_per_time,
+    to_go,
     value_increments,
 )
 from ctrl_diffusion.rewards import RewardError
@@ -225,9 +225,9 @@ def test_advantage_limits():
     key = jax.random.key(0)
     values, kl = jax.random.normal(key, (5, 3)), jax.random.uniform(key, (4, 3))
     dt = jnp.full(4, 0.25)
-    increments = value_increments(values, kl, 0.7)
+    increments = value_increments(values, 0.7 * kl)
     np.testing.assert_array_equal(advantages(increments, dt, 0.0), increments)
-    returns = returns_to_go(values[-1], kl, 0.7)
+    returns = values[-1] - to_go(0.7 * kl)
     np.testing.assert_allclose(advantages(increments, dt, float("inf")), returns - values[:-1], atol=1e-5)
     np.testing.assert_allclose(returns[1], values[-1] - 0.7 * np.asarray(kl)[1:].sum(axis=0), rtol=1e-5)
 

@@ -4,6 +4,7 @@ from .compose import (
     Algorithm as Algorithm,
     Info as Info,
     State as State,
+    TimeSampling as TimeSampling,
     Training as Training,
     compose as compose,
 )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..critics import Critic
 from ..estimators import AbstractEstimator, Calls, Models
-from ..objective import Objective, Rollout, Rows, to_go
+from ..objective import Objective, Rollout, Rows
 from ..process import Params
 from ..rewards import evaluate
 from ..sampler import Trajectory, path_actions
@@ -42,6 +42,28 @@ class Info(NamedTuple):
     rewards: Float[Array, " b"]
 
 
+class TimeSampling(NamedTuple):
+    """A few times of every path, drawn anew for each path and iteration: less work per path, the same expected gradient.
+
+    Attributes:
+        number: rows per path, drawn with replacement.
+        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a row counts one over
+            its frequency, so that the density changes the variance of the policy's gradient and not its mean. A critic's regression
+            is on the rows as they are drawn.
+    """
+
+    number: int
+    density: Callable[[Float[Array, " n"]], Float[Array, " n"]] = jnp.ones_like
+
+    def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Rows) -> Rows:
+        """`[number, b]` of the columns `[s, b, ...]` at times `t`, with their weights."""
+        density = self.density(t) / jnp.sum(self.density(t))
+        batch = columns.j.shape[1]
+        chosen = jax.random.choice(key, len(t), (self.number, batch), p=density)
+        rows = jax.tree.map(lambda v: v[chosen, jnp.arange(batch)], columns)
+        return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
+
+
 class Training(NamedTuple):
     """How much data an iteration has and how it is used; global numbers.
 
@@ -51,6 +73,7 @@ class Training(NamedTuple):
         epochs: passes over the rows of an iteration.
         minibatches: updates per pass; must divide the number of rows (`batch * intervals`, or `batch` for whole paths).
         value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
+        times: which times of a path make rows (default: every one that the estimator uses).
     """
 
     policy: optax.GradientTransformation | AbstractTrustRegion
@@ -58,6 +81,7 @@ class Training(NamedTuple):
     epochs: int = 1
     minibatches: int = 1
     value: optax.GradientTransformation | None = None
+    times: TimeSampling | None = None
 
 
 class Algorithm(NamedTuple):
@@ -95,15 +119,19 @@ def compose(
     batch, epochs, minibatches = training.batch, training.epochs, training.minibatches
     trust_region = training.policy if isinstance(training.policy, AbstractTrustRegion) else FirstOrder(training.policy)
     chosen = OnPolicy() if states is None else states
-    for name, number in {"batch": batch, "epochs": epochs}.items():
+    times = training.times
+    for name, number in {"batch": batch, "epochs": epochs, "times.number": 1 if times is None else times.number}.items():
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1.")
     sampler, reward, control, n = objective.sampler, objective.reward, objective.sampler.control, objective.intervals
     estimator.check(objective, critic)
     starts = estimator.starts(objective)
-    rows_in_all = batch if estimator.whole_paths else batch * len(starts)
+    if times is not None and estimator.whole_paths:
+        raise ValueError(f"times={times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
+    per_path = len(starts) if times is None else times.number
+    rows_in_all = batch if estimator.whole_paths else batch * per_path
     if minibatches < 1 or rows_in_all % minibatches:
-        what = f"batch = {batch}" if estimator.whole_paths else f"batch * intervals = {batch} * {len(starts)} = {rows_in_all}"
+        what = f"batch = {batch}" if estimator.whole_paths else f"batch * times = {batch} * {per_path} = {rows_in_all}"
         raise ValueError(f"minibatches={minibatches} must divide {what}.")
 
     def empty_rollout() -> Rollout:
@@ -135,17 +163,27 @@ def compose(
         x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row), (path.t[:-1], path.x[:-1], action))
         return a_old, a_ref, x_hat
 
+    def at_starts(v):
+        return v if len(starts) == n else v[starts]
+
     @jax.jit
-    def prepare(models: Models, rollout: Rollout):
+    def prepare(key, models: Models, rollout: Rollout):
         """Values, targets and signals, as rows."""
         values = critic.values(models.value, rollout)
         target = critic.targets(objective, rollout, values)
         signal = estimator.signal(objective, critic, models, rollout, values)
-        j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
-        tail = rollout.reward - to_go(objective.costs(rollout))
-        x, x_next = rollout.x[:-1], rollout.x[1:]
         columns = Rows(
-            j, x, x_next, rollout.noise, rollout.a_old, rollout.a_ref, rollout.x_hat, rollout.r_hat, tail, target, signal
+            j=at_starts(jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))),
+            x=at_starts(rollout.x[:-1]),
+            x_next=at_starts(rollout.x[1:]),
+            noise=at_starts(rollout.noise),
+            a_old=at_starts(rollout.a_old),
+            a_ref=at_starts(rollout.a_ref),
+            x_hat=at_starts(rollout.x_hat),
+            r_hat=at_starts(rollout.r_hat),
+            weight=at_starts(jnp.ones((n, batch), target.dtype)),
+            target=at_starts(target),
+            signal=signal,
         )
         metrics = {"signal_std": jnp.std(signal)} if signal.size else {}
         if critic.optimizer is not None:
@@ -153,7 +191,9 @@ def compose(
             metrics["value_explained_variance"] = 1 - residual
         if estimator.whole_paths:
             return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), columns), metrics
-        return jax.tree.map(lambda v: v[starts].reshape((rows_in_all,) + v.shape[2:]), columns), metrics
+        if times is not None:
+            columns = times(key, sampler.ts[starts], columns)
+        return jax.tree.map(lambda v: v.reshape((rows_in_all,) + v.shape[2:]), columns), metrics
 
     def value_step(value_params, state, params, reference, rows: Rows):
         """One update of the value on the same rows."""
@@ -179,7 +219,7 @@ def compose(
         value_params, value_opt, value_metrics = value_step(value_params, value_opt, params, reference, rows)
         return (new_params, value_params, opt, value_opt), metrics | value_metrics
 
-    @jax.jit
+    @jax.jit(donate_argnums=0)
     def finish(params, models: Models, rows: Rows):
         return trust_region.finish(objective, policy_loss(*models), params, rows)
 
@@ -207,7 +247,7 @@ def compose(
         fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r)
         memory, rollout = remember(jax.random.fold_in(key_rows, 1), state.memory, fresh)
         models = Models(state.reference, state.value_params)
-        rows, metrics = prepare(models, rollout)
+        rows, metrics = prepare(jax.random.fold_in(key_rows, 2), models, rollout)
         shown = judge(fresh)
         learned = (state.params, state.value_params, state.optimizer, state.value_optimizer)
         history: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ from ..estimators import (
     WeightedLikelihood,
     discount_per_step,
     exponential_increment,
-    exponential_return_from_reference,
+    exponential_return,
     last,
     late,
 )
@@ -247,7 +247,7 @@ def rwr(objective: Objective, training: Training) -> Algorithm:
           author={Peters, Jan and Schaal, Stefan}, booktitle={ICML}, year={2007}}
         ```
     """
-    estimator = WeightedLikelihood(exponential_return_from_reference)
+    estimator = WeightedLikelihood(exponential_return)
     return compose(objective, estimator, no_critic(objective), training, states=Reference())
 
 

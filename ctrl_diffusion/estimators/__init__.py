@@ -6,7 +6,6 @@ from .likelihood_ratio import (
     WeightedLikelihood as WeightedLikelihood,
     exponential_increment as exponential_increment,
     exponential_return as exponential_return,
-    exponential_return_from_reference as exponential_return_from_reference,
 )
 from .matching import (
     GradientBalance as GradientBalance,

@@ -49,9 +49,9 @@ class AbstractEstimator(eqx.Module):
 
     def signal(
         self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values: Float[Array, "K b"]
-    ) -> Float[Array, "n b ..."]:
-        """What is computed once per iteration from whole paths; zeros where nothing is."""
-        return jnp.zeros_like(values[:-1])
+    ) -> Float[Array, "s b ..."]:
+        """What is computed once per iteration from whole paths, for the intervals `starts`; zeros where nothing is."""
+        return jnp.zeros((len(self.starts(objective)), values.shape[1]), values.dtype)
 
     def signal_calls(self, critic: Critic) -> Calls:
         """What `signal` calls, per recorded state."""

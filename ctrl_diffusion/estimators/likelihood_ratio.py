@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..critics import Critic
 from ..exploration import shift
-from ..objective import Objective, Rollout, Rows, advantages, clipped_surrogate, to_go, value_increments
+from ..objective import Objective, Rollout, Rows, advantages, clipped_surrogate, value_increments
 from ..process import Params
 from ..sampler import log_ratio
 from .base import AbstractEstimator, Metrics, Models, require_price
@@ -63,7 +63,7 @@ class LikelihoodRatio(AbstractEstimator):
         paid = objective.costs(rollout)
         if self.kl_to_go:
             paid = paid + objective.kl_weight * objective.step_prices(rollout)
-        found = advantages(value_increments(values, paid, 1.0), jnp.diff(rollout.t), self.horizon)
+        found = advantages(value_increments(values, paid), jnp.diff(rollout.t), self.horizon)
         if self.normalise is not None:
             found = self.normalise(found)
         return jnp.clip(found, -self.max_advantage, self.max_advantage)
@@ -77,34 +77,24 @@ class LikelihoodRatio(AbstractEstimator):
         gain = jnp.where(inside, clipped_surrogate(log_rho, rows.signal, self.clip), 0.0) - self.proximal * step_kl
         price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
         metrics: Metrics = {
-            "update_kl": objective.intervals * jnp.mean(step_kl),
+            "update_kl": objective.intervals * jnp.mean(rows.weight * step_kl),
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
             "clip_fraction": jnp.mean(jnp.abs(jnp.expm1(log_rho)) > self.clip),
         }
-        return objective.intervals * jnp.mean(objective.kl_weight * price - gain), metrics
+        return objective.intervals * jnp.mean(rows.weight * (objective.kl_weight * price - gain)), metrics
 
 
 def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-    """`exp((r - costs) / lambda)` over its mean over the batch, the same at every step."""
-    total = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
-    weights = jax.nn.softmax(total / objective.kl_weight) * total.shape[0]
-    return jnp.broadcast_to(weights, values[:-1].shape)
+    """`exp((r - costs) / lambda) dP^ref/dP^old` over its mean, the same at every step: the optimal law's weights, whoever sampled."""
+    gained = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
+    total = gained / objective.kl_weight - jnp.sum(objective.step_log_ratios(rollout), axis=0)
+    return jnp.broadcast_to(jax.nn.softmax(total) * total.shape[0], values[:-1].shape)
 
 
 def exponential_increment(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
     """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean over the batch of every step."""
-    gained = value_increments(values, objective.costs(rollout), 1.0)
+    gained = value_increments(values, objective.costs(rollout))
     return jax.nn.softmax(gained / objective.kl_weight, axis=1) * gained.shape[1]
-
-
-def exponential_return_from_reference(
-    objective: Objective, rollout: Rollout, values: Float[Array, "K b"]
-) -> Float[Array, "n b"]:
-    """`exp((r - costs)/lambda) dP^ref/dP^old` over its mean: the weights of the optimal law, whoever sampled."""
-    z = jax.vmap(lambda scale, a, b: scale * (a - b))(objective.scales, rollout.a_ref, rollout.a_old)
-    ratios = jnp.sum(jax.vmap(log_ratio)(z, rollout.noise), axis=0)
-    total = (rollout.reward - jnp.sum(objective.costs(rollout), axis=0)) / objective.kl_weight + ratios
-    return jnp.broadcast_to(jax.nn.softmax(total) * total.shape[0], to_go(values[:-1]).shape)
 
 
 class WeightedLikelihood(AbstractEstimator):
@@ -126,4 +116,4 @@ class WeightedLikelihood(AbstractEstimator):
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
             "effective_share": jnp.sum(rows.signal) ** 2 / (jnp.sum(rows.signal**2) * rows.signal.size),
         }
-        return -objective.kl_weight * objective.intervals * jnp.mean(rows.signal * log_rho), metrics
+        return -objective.kl_weight * objective.intervals * jnp.mean(rows.weight * rows.signal * log_rho), metrics

@@ -29,7 +29,7 @@ def lean_adjoint(objective: Objective, critic: Critic, models: Models, rollout: 
     The adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"), with the
     derivative of the step that is made, in place of an Euler step of the adjoint's equation.
     """
-    step, dt = objective.transitions(), jnp.diff(rollout.t)
+    step, dt = objective.sampler.transitions(), jnp.diff(rollout.t)
     process, control = objective.sampler.process, objective.sampler.control
 
     def backward(adjoint, row):
@@ -68,7 +68,7 @@ class Matching(AbstractEstimator):
         require_price(objective, "matching")
         if self.gradient is lean_adjoint or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
-        if not bool(jnp.all(objective.transitions().std > 0)):
+        if not bool(jnp.all(objective.sampler.transitions().std > 0)):
             raise ValueError(
                 "matching regresses on std^2 / (lambda psi) grad V, and a step of this chain has no noise: use eta > 0."
             )
@@ -80,7 +80,7 @@ class Matching(AbstractEstimator):
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Target actions."""
-        step = objective.transitions()
+        step = objective.sampler.transitions()
         factor = self.credit(objective) * step.std**2 / (objective.kl_weight * step.psi)
         g = self.gradient(objective, critic, models, rollout)
         return rollout.a_ref + expand(factor, g) * g
@@ -89,8 +89,9 @@ class Matching(AbstractEstimator):
         a = objective.control(params, rows.j, rows.x)
         z = shift(objective.scales[rows.j], a, rows.signal)
         error = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
-        metrics: Metrics = {"matching_error": objective.intervals * jnp.mean(error)}
-        return objective.kl_weight * objective.intervals * jnp.mean(error), metrics
+        error = objective.intervals * jnp.mean(rows.weight * error)
+        metrics: Metrics = {"matching_error": error}
+        return objective.kl_weight * error, metrics
 
 
 class GradientBalance(AbstractEstimator):
@@ -115,7 +116,7 @@ class GradientBalance(AbstractEstimator):
         return Calls(gradient=3 + 2 * int(critic.value.uses_reward), reward=2)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        step, t_next = objective.transitions(), objective.sampler.ts[rows.j + 1]
+        step, t_next = objective.sampler.transitions(), objective.sampler.ts[rows.j + 1]
         g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x)))(rows.x_next)
         target = rows.a_ref + expand(step.std[rows.j] ** 2 / (objective.kl_weight * step.psi[rows.j]), g) * g
         return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
@@ -124,7 +125,7 @@ class GradientBalance(AbstractEstimator):
         self, objective: Objective, critic: Critic, value_params: Params, params: Params, reference: Params, rows: Rows
     ) -> Float[Array, ""]:
         """Mean of `|grad V(t, x) + lambda grad_x log (pi_theta / pi_ref)(x' | x) + grad cost|^2 / 2`, summed over dimensions."""
-        phi, psi, std = (expand(v[rows.j], rows.x) for v in objective.transitions())
+        phi, psi, std = (expand(v[rows.j], rows.x) for v in objective.sampler.transitions())
 
         def log_ratio_of(x):
             def squared(p):

@@ -92,12 +92,12 @@ class Pathwise(AbstractEstimator):
     def check(self, objective: Objective, critic: Critic) -> None:
         if critic.value.uses_reward or not len(self.starts(objective)):
             require_differentiable(objective, f"a gradient through {self.steps} steps of the sampler and a value of the reward")
-        objective.transitions()
+        objective.sampler.transitions()
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """The noise of the steps after the first, `[n, b, K - 1, *x]`, zeros beyond the end."""
+        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end."""
         n, later = objective.intervals, max(self.steps - 1, 0)
-        j = np.arange(n)[:, None] + 1 + np.arange(later)
+        j = self.starts(objective)[:, None] + 1 + np.arange(later)
         noise = jnp.where((j < n).reshape(j.shape + (1,) * (rollout.noise.ndim - 1)), rollout.noise[np.minimum(j, n - 1)], 0)
         return jnp.moveaxis(noise, 1, 2)
 
@@ -110,12 +110,12 @@ class Pathwise(AbstractEstimator):
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
         ts, n = objective.sampler.ts, objective.intervals
         starts = self.starts(objective)
-        weight = self.credit(objective)[rows.j]
+        credit = self.credit(objective)[rows.j]
         if self.steps == 0:  # the policy's own guess of the final state
             value = critic(models.value, objective, params, ts[rows.j], rows.x)
             price = objective.price(objective.price_scales[rows.j], objective.control(params, rows.j, rows.x), rows.a_ref)
-            total = weight * value - objective.kl_weight * price
-            return -len(starts) * jnp.mean(total), {"mean_value": jnp.mean(value)}
+            total = credit * value - objective.kl_weight * price
+            return -len(starts) * jnp.mean(rows.weight * total), {"mean_value": jnp.mean(value)}
 
         x, gained = self._step(objective, params, rows.j, rows.x, rows.noise, rows.a_ref)
 
@@ -130,19 +130,19 @@ class Pathwise(AbstractEstimator):
             x_next, gain = self._step(objective, params, j, x, noise, a_ref)
             return (
                 jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
-                gained + jnp.where(inside, gain - weight * cost, 0),
+                gained + jnp.where(inside, gain - credit * cost, 0),
             ), None
 
         later = (1 + jnp.arange(self.steps - 1), jnp.moveaxis(rows.signal, 1, 0))
         x, gained = _scan(body, (x, gained), later, self.small_memory)
         value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x)
         metrics: Metrics = {"mean_value": jnp.mean(value)}
-        # every step is charged by as many windows as it lies in
-        return -len(starts) / self._overlap(n, starts) * jnp.mean(weight * value + gained), metrics
+        # a step is charged by all windows that it lies in: divided by how many that are, away from the ends
+        return -len(starts) / self._overlap(n, starts) * jnp.mean(rows.weight * (credit * value + gained)), metrics
 
     def _step(self, objective: Objective, params: Params, j, x, noise, a_ref):
         """One step of the chain and minus its price."""
-        phi, psi, std = (expand(v[j], x) for v in objective.transitions())
+        phi, psi, std = (expand(v[j], x) for v in objective.sampler.transitions())
         a = objective.control(params, j, x)
         gain = jnp.zeros(x.shape[0], x.dtype)
         if objective.kl_weight > 0:

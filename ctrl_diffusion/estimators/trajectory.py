@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ..critics import Critic
+from ..critics import Critic, returns
 from ..objective import Objective, Rollout, Rows, to_go
 from ..process import Params
 from .base import AbstractEstimator, Metrics, Models, per_path, require_price
@@ -34,9 +34,13 @@ class LogVariance(AbstractEstimator):
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "the log-variance")
 
+    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """What a path brings without its price."""
+        return returns(objective, rollout)
+
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
         paid = jnp.sum(_tail(objective, params, rows), axis=1)
-        residual = rows.tail[:, 0] - paid
+        residual = rows.signal[:, 0] - paid
         loss = 0.5 * jnp.var(residual, ddof=1) / objective.kl_weight
         return loss, {"residual": jnp.sqrt(2 * objective.kl_weight * loss)}
 

@@ -22,11 +22,7 @@ from .gaussian import (
 from .measure import (
     FineGap as FineGap,
     PathIntegrals as PathIntegrals,
-    control_l2_error as control_l2_error,
-    fine_gap as fine_gap,
-    objective as objective,
-    path_integrals as path_integrals,
-    squared_distance as squared_distance,
+    Ruler as Ruler,
 )
 from .mixture import (
     Components as Components,
