@@ -215,18 +215,20 @@ def _kept(file: Path, make: Callable[[], tuple[Exact, Exact]]) -> tuple[Exact, E
 
 
 class Problem(NamedTuple):
-    """How a problem is made, and which variants would say nothing new on it, with the reason."""
+    """How a problem is made, iterations of training, and which variants would say nothing new on it, with the reason."""
 
     make: Callable[[RunDirectory, Size], Case]
+    iterations: int
     left_out: dict[str, str]
 
 
 _UNKNOWN = "the optimal action is not known"
 PROBLEMS: dict[str, Problem] = {
-    "ring_linear": Problem(ring_case("ring_linear"), {}),
-    "ring_quadratic": Problem(ring_case("ring_quadratic"), {}),
+    "ring_linear": Problem(ring_case("ring_linear"), 240, {}),
+    "ring_quadratic": Problem(ring_case("ring_quadratic"), 240, {}),
     "digits": Problem(
         digits_case,
+        120,
         {
             "optimum_mean": _UNKNOWN,
             "optimum_kl": _UNKNOWN,

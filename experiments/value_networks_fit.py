@@ -63,7 +63,7 @@ class Budget(NamedTuple):
     """Iterations of `updates` updates on `rows` states each; the error is measured `evaluations` times, evenly."""
 
     iterations: int
-    evaluations: int = 12
+    evaluations: int = 16
     updates: int = 8
     rows: int = 512
     learning_rate: float = 2e-3
@@ -91,7 +91,8 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
 
     Returns lists: `updates [e]`, `t [k]`; `square_soft`, `square_own [S, e, k]`: mean squares over held-out states of the value
     less `V*` and less what the variant converges to; `variance_*`, `noise_* [k]`: the variance of these over the states, and
-    mean squared standard errors; `seconds`.
+    mean squared standard errors; `*_at_optimum`: the same of the trained value less `V*` at the states of the optimum, None where
+    that is not known; `seconds`.
     """
     begin = time.perf_counter()
     law, objective = variant.law(case), case.objective
@@ -108,7 +109,7 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
     critic = variant.critic(variant.form(networks[0][0], sampler.process.t0, sampler.process.t1), optimizer)
     rollouts, held = law.rollout, law.held_out
     if variant.noisy_reward:
-        rollouts, held = rollouts._replace(r_hat=law.r_noisy), held._replace(r_hat=held.r_noisy)
+        rollouts = rollouts._replace(r_hat=law.r_noisy)
     own, own_noise = variant.converges_to(held.exact), variant.converges_to(held.noise)
 
     def iteration(state: Learned, rollout: Rollout, key, i) -> Learned:
@@ -131,23 +132,25 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
     def fit(state: Learned, rollout: Rollout, key, start, stop) -> Learned:
         return jax.lax.fori_loop(start, stop, lambda i, s: iteration(s, rollout, key, i), state)
 
-    def squares(params):
-        rows = (sampler.ts[held.j], held.x, held.x_hat, held.r_hat)
-        values = jax.lax.map(lambda row: critic.value(params, *row), rows)
+    def squares(params, held: HeldOut, own):
+        r_hat = held.r_noisy if variant.noisy_reward else held.r_hat
+        values = jax.lax.map(lambda row: critic.value(params, *row), (sampler.ts[held.j], held.x, held.x_hat, r_hat))
         return jnp.mean((values - held.exact.soft) ** 2, axis=1), jnp.mean((values - own) ** 2, axis=1)
 
     fit = jax.jit(jax.vmap(fit, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
-    measure = jax.jit(jax.vmap(squares))
+    measure = jax.jit(jax.vmap(squares, in_axes=(0, None, None)))
     keys = cd.sample_keys(jax.random.key(5), seeds)
     state = Learned(params, jax.vmap(optimizer.init)(params))
     marks = np.linspace(0, budget.iterations, budget.evaluations + 1).astype(int).tolist()
-    found = [measure(state.params)]
+    found = [measure(state.params, held, own)]
     for start, stop in zip(marks, marks[1:]) if critic.optimizer is not None else ():
         state = fit(state, rollouts, keys, start, stop)
-        found.append(measure(state.params))
+        found.append(measure(state.params, held, own))
     square_soft, square_own = (np.stack([np.asarray(pair[i], np.float64) for pair in found], axis=1) for i in (0, 1))
     if not np.isfinite(square_own).all():
         raise FloatingPointError(f"{variant.name}: the value is not finite after training; lower its learning rate.")
+
+    best = case.optimum and case.optimum.held_out
 
     def listed(v: Array) -> list[float]:
         return np.asarray(v, np.float64).tolist()
@@ -161,5 +164,8 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
         "variance_own": listed(jnp.var(own, axis=1)),
         "noise_soft": listed(jnp.mean(held.noise.soft, axis=1)),
         "noise_own": listed(jnp.mean(own_noise, axis=1)),
+        "square_at_optimum": best and measure(state.params, best, best.exact.soft)[0][:, None].tolist(),
+        "variance_at_optimum": best and listed(jnp.var(best.exact.soft, axis=1)),
+        "noise_at_optimum": best and listed(jnp.mean(best.noise.soft, axis=1)),
         "seconds": time.perf_counter() - begin,
     }

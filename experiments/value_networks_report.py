@@ -38,6 +38,9 @@ def summary(result: Result) -> dict[str, Any]:
         early = int(np.searchsorted(result["updates"], result["updates"][-1] / 8))
         row[f"early_error_{which}"], row[f"early_error_{which}_se"] = _over_seeds(errors[:, early])
     noise = np.trapezoid(result["noise_own"], result["t"]) / np.trapezoid(result["variance_own"], result["t"])
+    known = result["square_at_optimum"] is not None
+    at_optimum = _over_seeds(relative_errors(result, "at_optimum")[:, -1]) if known else (None, None)
+    row["error_at_optimum"], row["error_at_optimum_se"] = at_optimum
     return row | {"seeds": len(errors), "estimate_error": float(np.sqrt(noise))}
 
 
@@ -53,8 +56,8 @@ def table(results: Sequence[Result]) -> str:
     lines = [
         f"Errors in % of the best constant's, over states and time; means over {rows[0]['seeds']} seeds ± standard error.",
         "",
-        "| problem | variant | states of | converges to | error to that | after 1/8 of the updates | error to V* | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| problem | variant | states of | converges to | error to that | after 1/8 of updates | error to V* | at the optimum's states | s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         variant = BY_NAME[row["variant"]]
@@ -62,13 +65,15 @@ def table(results: Sequence[Result]) -> str:
         target = "E[r given x]" if variant.converges_to is mean else "V*"
         cells = (
             row["problem"], row["variant"], of, target, _percent(row, "error_own"), _percent(row, "early_error_own"),
-            _percent(row, "error_soft"), f"{row['seconds']:.0f}",
+            _percent(row, "error_soft"), _percent(row, "error_at_optimum"), f"{row['seconds']:.0f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _percent(row: Mapping[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "–"
     se = row[f"{name}_se"]
     return f"{100 * row[name]:.1f}" + ("" if se is None else f" ± {100 * se:.1f}")
 

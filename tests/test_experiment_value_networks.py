@@ -151,15 +151,16 @@ def test_log_mean_exp_and_its_error():
     np.testing.assert_allclose(same, 0.25 * noise, rtol=1e-2)
 
 
-def test_continuations_are_the_chain(objective):
+def test_continuations_are_the_chain():
     """Under the action `-t x` the chain is linear: its mean factor and variance follow by recursion."""
-    sampler = cd.Sampler(objective.sampler.process, lambda p, t, x, c: -t * x, (2,), grid=objective.sampler.grid)
-    linear = cd.Objective(sampler, objective.reward, 1.0)
+    process = cd.DiffusionProcess(cd.VPLinear(tau_min=0.3))
+    sampler = cd.Sampler(process, lambda p, t, x, c: -t * x, (2,), grid=process.grid(4))
+    linear = cd.Objective(sampler, cd.differentiable(lambda x: x[:, 0]), 1.0)
     steps, ts = linear.transitions(), sampler.ts
     x = jnp.tile(jnp.asarray([[1.0, -2.0]]), (20_000, 1))
     for first in (0, 2):
         factor, variance = 1.0, 0.0
-        for i in range(first, 3):
+        for i in range(first, 4):
             f = float(steps.phi[i] - steps.psi[i] * ts[i])
             factor, variance = factor * f, variance * f**2 + float(steps.std[i]) ** 2
         final = np.asarray(continuations(linear, None, jnp.asarray(first), x, jax.random.key(first)), np.float64)
