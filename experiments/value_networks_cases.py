@@ -38,7 +38,7 @@ class Size(NamedTuple):
     width: int = 128
 
 
-RING_STEPS = 100
+RING_STEPS = 200
 
 # -- the ring ----------------------------------------------------------------------------------------------------------------
 
@@ -91,14 +91,14 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
     batches = [jax.jit(draw, static_argnums=1)(jax.random.fold_in(key, s), size.paths) for s in range(size.seeds)]
     rollout, r_noisy = jax.tree.map(lambda *v: jnp.stack(v), *batches)
     some, noisy = jax.jit(draw, static_argnums=1)(jax.random.fold_in(key, 1_000_003), size.states)
-    j = jnp.arange(0, objective.intervals, 3)
+    j = jnp.arange(0, objective.intervals, 5)
     exact = Exact(*(jax.jit(jax.vmap(f))(ts[j], some.x[j]) for f in (problem.value, mean)))
     held_out = HeldOut(j, some.x[j], some.x_hat[j], some.r_hat[j], noisy[j], exact, jax.tree.map(jnp.zeros_like, exact))
     return Law(rollout, r_noisy, held_out)
 
 
 def ring_case(name: str) -> Callable[[RunDirectory, Size], Case]:
-    """A ring of `experiments.exact` on 100 steps that shrink towards the data, `t1 - t = (t1 - t0)(1 - i/n)^2`."""
+    """A ring of `experiments.exact` on 200 steps that shrink towards the data, `t1 - t = (t1 - t0)(1 - i/n)^2`."""
 
     def make(directory: RunDirectory, size: Size) -> Case:
         problem = EXACT[name]()

@@ -56,12 +56,12 @@ def table(results: Sequence[Result]) -> str:
     lines = [
         f"Errors in % of the best constant's, over states and time; means over {rows[0]['seeds']} seeds ± standard error.",
         "",
-        "| problem | variant | states of | converges to | error to that | after 1/8 of updates | error to V* | at the optimum's states | s |",
+        "| problem | variant | states | converges to | error to that | after 1/8 of updates | error to V* | at optimal states | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         variant = BY_NAME[row["variant"]]
-        of = "the optimum" if variant.law is optimum else "the reference"
+        of = "optimum" if variant.law is optimum else "reference"
         target = "E[r given x]" if variant.converges_to is mean else "V*"
         cells = (
             row["problem"], row["variant"], of, target, _percent(row, "error_own"), _percent(row, "early_error_own"),
