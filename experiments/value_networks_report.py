@@ -1,5 +1,6 @@
 """The ablation as a table and two figures per problem: error over time, and error against updates."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .figures import FONT, png
+from .figures import FONT
 from .files import write_atomic
 from .value_networks_variants import BY_NAME, PANELS, VARIANTS, Panel, mean, optimum
 
@@ -83,8 +84,8 @@ def write_report(out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "table.md", table(results))
     for problem in dict.fromkeys(result["problem"] for result in results):
         found = {result["variant"]: result for result in results if result["problem"] == problem}
-        write_atomic(out / f"errors-{problem}.png", png(_figure(found, _errors, "control time t", "rms error (reward)")))
-        write_atomic(out / f"curves-{problem}.png", png(_figure(found, _curves, "updates", "error (% of constant's)")))
+        write_atomic(out / f"errors-{problem}.png", _png(_figure(found, _errors, "control time t", "rms error (reward)")))
+        write_atomic(out / f"curves-{problem}.png", _png(_figure(found, _curves, "updates", "error (% of constant's)")))
 
 
 Draw = Callable[[Axes, Panel, Mapping[str, Result]], None]
@@ -94,7 +95,7 @@ def _figure(found: Mapping[str, Result], draw: Draw, x: str, y: str) -> Figure:
     """The panels that have at least two variants, three in a row."""
     panels = [panel for panel in PANELS if sum(name in found for name in panel.names) > 1]
     rows = -(-len(panels) // 3) or 1
-    figure = Figure(figsize=(3.5 * min(3, max(1, len(panels))), 3.0 * rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(3.9 * min(3, max(1, len(panels))), 3.0 * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, min(3, max(1, len(panels))), squeeze=False)
     for axes, panel in zip(grid.flat, panels):
@@ -108,6 +109,12 @@ def _figure(found: Mapping[str, Result], draw: Draw, x: str, y: str) -> Figure:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=96, metadata={"Software": None})
+    return file.getvalue()
 
 
 def _lines(panel: Panel, found: Mapping[str, Result]) -> list[tuple[str, str, Result]]:
@@ -125,9 +132,10 @@ def _errors(axes: Axes, panel: Panel, found: Mapping[str, Result]) -> None:
         square = np.mean(np.asarray(result["square_own"])[:, -1], axis=0) - np.asarray(result["noise_own"])
         axes.plot(result["t"], np.sqrt(np.maximum(square, 1e-12)), color=colour, linewidth=1.5, label=label)
     axes.set_yscale("log")
-    axes.set_ylim(0.01, 4.0)
+    axes.set_ylim(0.005, 5.0)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=FONT - 2.5, frameon=False, labelcolor="linecolor", handlelength=1.2, loc="lower left")
+    style = {"frameon": False, "labelcolor": "linecolor", "handlelength": 1.0, "handletextpad": 0.5, "borderpad": 0}
+    axes.legend(fontsize=FONT - 2, loc="center left", bbox_to_anchor=(1.01, 0.5), **style)
 
 
 def _curves(axes: Axes, panel: Panel, found: Mapping[str, Result]) -> None:
@@ -143,7 +151,7 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Result]) -> None:
             axes.errorbar(result["updates"], centre, spread, color=colour, linewidth=1.5, capsize=2)
         ends.append((float(centre[-1]), label, colour))
     axes.set_yscale("log")
-    axes.set_ylim(2.0, 300.0)
+    axes.set_ylim(1.0, 300.0)
     axes.yaxis.set_major_formatter("{x:g}")
     _label(axes, ends)
 
@@ -151,8 +159,10 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Result]) -> None:
 def _label(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Labels right of the lines' ends, moved apart where they would overlap."""
     low, high = np.log(axes.get_ylim())
-    places, gap = [], 0.085
-    for value, label, colour in sorted(ends):
-        place = (np.log(max(value, np.exp(low))) - low) / (high - low)
-        places.append(max(place, places[-1] + gap) if places else place)
-        axes.text(1.02, places[-1], label, color=colour, transform=axes.transAxes, fontsize=FONT - 2, va="center")
+    ends = sorted(ends)
+    wanted = np.clip([(np.log(max(value, 1e-9)) - low) / (high - low) for value, _, _ in ends], 0, 1)
+    steps = 0.085 * np.arange(len(ends))
+    apart = np.maximum.accumulate(wanted - steps) + steps
+    apart -= np.mean(apart - wanted)
+    for place, (_, label, colour) in zip(apart, ends):
+        axes.text(1.02, place, label, color=colour, transform=axes.transAxes, fontsize=FONT - 2, va="center")
