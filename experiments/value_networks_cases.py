@@ -1,6 +1,7 @@
 """The two problems of the ablation with their paths and exact values: a ring of Gaussians, and digits by nested simulation."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from .files import write_arrays
 from .rewards import REWARDS
 from .rundir import RunDirectory
 from .training import pretrain
-from .value_networks_fit import Case, Exact, HeldOut, Law
+from .value_networks_fit import Case, Exact, HeldOut, Law, take_paths
 
 
 class Size(NamedTuple):
@@ -76,6 +77,7 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
         action, law, mean = problem.optimal_action, problem.tilted(ts.dtype), problem.optimal_mean_reward
     steps = objective.transitions()
 
+    @partial(jax.jit, static_argnums=1)
     def draw(key, paths: int):
         x = noised_paths(problem, law, ts, cd.sample_keys(key, paths))
         every = jax.vmap(lambda t, x: (action(None, t, x), problem.reference_action(None, t, x)))
@@ -87,10 +89,11 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
         return Rollout(ts, x, noise, a_old, a_ref, x_hat, reward(x_hat), problem.reward(x[-1])), reward(x[:-1])
 
     # one batch per seed, and one that no seed trains on
-    key = jax.random.key(11 + optimal)
-    batches = [jax.jit(draw, static_argnums=1)(jax.random.fold_in(key, s), size.paths) for s in range(size.seeds)]
+    key, paths = jax.random.key(11 + optimal), max(size.paths, size.states)
+    batches = [draw(jax.random.fold_in(key, s), paths) for s in range(size.seeds)]
     rollout, r_noisy = jax.tree.map(lambda *v: jnp.stack(v), *batches)
-    some, noisy = jax.jit(draw, static_argnums=1)(jax.random.fold_in(key, 1_000_003), size.states)
+    some, noisy = draw(jax.random.fold_in(key, 1_000_003), paths)
+    some, noisy = take_paths(some, jnp.arange(size.states)), noisy[:, : size.states]
     j = jnp.arange(0, objective.intervals, 5)
     exact = Exact(*(jax.jit(jax.vmap(f))(ts[j], some.x[j]) for f in (problem.value, mean)))
     held_out = HeldOut(j, some.x[j], some.x_hat[j], some.r_hat[j], noisy[j], exact, jax.tree.map(jnp.zeros_like, exact))
