@@ -205,22 +205,23 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.slow
 def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    args = ["--out", str(out), "--problems", "ring_linear", "digits", "--variants", "structured", "lookahead"]
+    args = ["--out", str(out), "--problems", "ring_linear", "digits", "--variants", "optimum_soft", "lookahead"]
     args += ["--iterations", "6", "--paths", "256", "--states", "64", "--digit-states", "4", "--continuations", "16"]
     args += ["--pretrain-steps", "20"]
     assert value_networks.main(args) == 0
     results = json.loads((out / "metrics.json").read_text())["results"]
     by_unit = {(r["problem"], r["variant"]): r for r in results}
-    assert len(by_unit) == 4
-    learned, guess = by_unit["ring_linear", "structured"], by_unit["ring_linear", "lookahead"]
+    assert len(by_unit) == 3  # the optimum of the digits is not known
+    learned, guess = by_unit["ring_linear", "optimum_soft"], by_unit["ring_linear", "lookahead"]
     assert learned["updates"] == 48 and guess["updates"] == 0
-    assert learned["error_own"] < 0.6 * guess["error_own"]  # 0.2 of 0.93 in fact
-    assert learned["error_own"] < learned["early_error_own"]
-    assert guess["estimate_error"] == 0 < by_unit["digits", "lookahead"]["estimate_error"]
+    assert learned["error_own"] < 0.5 * learned["early_error_own"]  # 0.3 of 1.6 in fact
+    assert learned["error_own"] == learned["error_soft"] == pytest.approx(learned["error_at_optimum"], rel=1e-5)
+    digits = by_unit["digits", "lookahead"]
+    assert guess["estimate_error"] == 0 < digits["estimate_error"] and digits["error_at_optimum"] is None
     for problem in ("ring_linear", "digits"):
         for name in ("errors", "curves"):
-            assert (out / f"{name}-{problem}.png").stat().st_size > 5000
-    assert len((out / "table.md").read_text().splitlines()) == 8
+            assert (out / f"{name}-{problem}.png").stat().st_size > 1000
+    assert len((out / "table.md").read_text().splitlines()) == 7
 
     # of a run that was stopped only what is missing is made again, the paths of its problem included
     made, again = [], []
