@@ -110,3 +110,21 @@ class Critic(eqx.Module):
         if objective.reward.differentiable:
             r_hat = objective.reward.fn(x_hat)
         return self.value(params, t, x, x_hat, r_hat)
+
+
+class MartingaleCritic(Critic):
+    r"""The martingale loss of Jia and Zhou (2022, "Policy evaluation and temporal-difference learning in continuous time"):
+
+        E int_t0^t1 (target - V(t, X_t))^2 dt / (t1 - t0)  =  mean over rows of (dt_j / mean dt) (target - V)^2
+
+    Its minimiser is the conditional mean of the target at every time, as that of the regression at all times (`Critic` with
+    `squared_error`), with which it agrees on a uniform grid; on another one intervals count by length, not by number.
+    """
+
+    loss: ValueLoss = eqx.field(static=True, default_factory=lambda: squared_error, init=False)
+
+    def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
+        dt = jnp.diff(objective.sampler.ts)
+        weight = jnp.sqrt(dt / jnp.mean(dt))[rows.j]
+        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat)
+        return self.loss(weight * value, weight * rows.target, objective.kl_weight)

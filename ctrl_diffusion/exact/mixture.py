@@ -184,6 +184,18 @@ class MixtureControl(AbstractControlProblem):
         log_mass = jax.vmap(lambda m, v: self.reward.log_mass(m, v, self.kl_weight))(means, variance)
         return self.kl_weight * jax.nn.logsumexp(log_weights + log_mass, axis=-1)
 
+    def mean_reward(self, t: Time, x: Points) -> Float[Array, " b"]:
+        """`E^ref[r(X(t1)) | X(t) = x]`: what the reference earns, without a price."""
+        return jax.vmap(lambda *law: Components(*law).expectation(self.reward))(*self._posterior(t, x))
+
+    def optimal_mean_reward(self, t: Time, x: Points) -> Float[Array, " b"]:
+        """`E*[r(X(t1)) | X(t) = x]`: what the optimal policy earns; `V*` is that less the price of its KL to go."""
+
+        def mean(*law):
+            return Components(*law).tilted(self.reward, self.kl_weight)[0].expectation(self.reward)
+
+        return jax.vmap(mean)(*self._posterior(t, x))
+
     def sample_optimal(self, keys: Key[Array, " b"]) -> Points:
         """Draws of `X(t1)` under the optimal action: from the start's reweighted mixture, exact also if not memoryless."""
         keys = jax.vmap(jr.split)(keys)

@@ -1,0 +1,143 @@
+"""What a value network should look like, and what it should be regressed on: error to the exact value, one factor at a time.
+
+    python -m experiments.value_networks --out runs/value_networks            a ring of Gaussians and the digits
+    python -m experiments.value_networks --quick --out runs/quick             five variants on the ring
+
+A unit is one variant on one problem, all seeds at once. A run that was stopped continues with the same command.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from tqdm import tqdm
+
+from .files import write_atomic
+from .rundir import RunDirectory
+from .value_networks_cases import PROBLEMS, Size
+from .value_networks_fit import Budget, Case, learn
+from .value_networks_report import summary, write_report
+from .value_networks_variants import BY_NAME
+
+QUICK = ("structured", "plain", "lookahead", "mean", "td_0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run. Every variant sees the same paths."""
+
+    out: Path = Path("runs/value_networks")
+    """Folder for results, table and figures."""
+    quick: bool = False
+    """Five variants on the ring, an eighth of the iterations."""
+    problems: tuple[str, ...] = ()
+    """Only these of ring_linear, ring_quadratic, digits (default: ring_linear and digits)."""
+    variants: tuple[str, ...] = ()
+    """Only these variants (default: all that say something on a problem)."""
+    seeds: int = 2
+    """Initial parameters and sets of paths."""
+    iterations: int | None = None
+    """Iterations of 8 updates on 512 states (default: the problem's own, 240 on the rings and 120 on the digits)."""
+    paths: int = 8192
+    """Paths per seed that training draws from."""
+    states: int = 1024
+    """Held-out states per time on the ring."""
+    digit_states: int = 64
+    """Held-out states per time on the digits, each with --continuations."""
+    continuations: int = 1024
+    """Paths from every held-out state of the digits, which estimate its exact value."""
+    pretrain_steps: int = 1500
+    """Optimiser steps of pre-training on the digits."""
+
+
+class Unit(NamedTuple):
+    """One variant on one problem."""
+
+    problem: str
+    variant: str
+    iterations: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.problem}-{self.variant}"
+
+
+def units(config: Config) -> list[Unit]:
+    """The units of a configuration, problem by problem."""
+    for name, known in {"problems": PROBLEMS, "variants": BY_NAME}.items():
+        unknown = [v for v in getattr(config, name) if v not in known]
+        if unknown:
+            raise ValueError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}.")
+    least = {"seeds": 1, "iterations": 1, "paths": 1, "states": 2, "digit_states": 2, "continuations": 2, "pretrain_steps": 1}
+    for name, low in least.items():
+        number = getattr(config, name)
+        if number is not None and number < low:
+            raise ValueError(f"{name}={number} must be at least {low}.")
+    problems = config.problems or (("ring_linear",) if config.quick else ("ring_linear", "digits"))
+    variants = config.variants or (QUICK if config.quick else tuple(BY_NAME))
+    chosen = [Unit(p, v, _iterations(config, p)) for p in problems for v in variants if v not in PROBLEMS[p].left_out]
+    if not chosen:
+        reasons = "; ".join(f"{v} on {p}: {PROBLEMS[p].left_out[v]}" for p in problems for v in variants)
+        raise ValueError(f"no variant of this selection says something new ({reasons}): choose others.")
+    return chosen
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run what is missing, and write `metrics.json`, `table.md` and the figures; returns the metrics."""
+    todo = units(config)
+    settings = dataclasses.asdict(config) | {"units": [list(unit) for unit in todo]}
+    directory = RunDirectory(config.out, {name: v for name, v in settings.items() if name != "out"})
+    if directory.metrics is not None:
+        print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
+        return directory.metrics
+    folder = config.out / "units"
+    folder.mkdir(exist_ok=True)
+    missing = [unit for unit in todo if not (folder / f"{unit.name}.json").exists()]
+    cases: dict[str, Case] = {}
+    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
+        for unit in missing:
+            bar.set_postfix_str(unit.name)
+            if unit.problem not in cases:
+                cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config))}  # one at a time in memory
+            result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations))
+            result = {"problem": unit.problem, "variant": unit.variant} | result
+            write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+            bar.update()
+    directory.close()
+    found = [json.loads((folder / f"{unit.name}.json").read_text()) for unit in todo]
+    metrics = {"results": [summary(result) for result in found]}
+    write_report(config.out, found)
+    directory.finish(metrics)
+    print((config.out / "table.md").read_text())
+    return metrics
+
+
+def _iterations(config: Config, problem: str) -> int:
+    if config.iterations is not None:
+        return config.iterations
+    return PROBLEMS[problem].iterations // (8 if config.quick else 1)
+
+
+def _size(config: Config) -> Size:
+    return Size(
+        config.seeds, config.paths, config.states, config.digit_states, config.continuations, config.pretrain_steps
+    )  # fmt: skip
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.value_networks")
+    try:
+        run(config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
