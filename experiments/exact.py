@@ -130,7 +130,7 @@ def _solved(todo: list[Unit], workers: int, folder: Path) -> Iterator[tuple[str,
             yield _solve(unit, folder)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=24) as pool:
         pending = [pool.submit(_solve_all, group, folder) for group in groups]
         try:
             for future in concurrent.futures.as_completed(pending):

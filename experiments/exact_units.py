@@ -184,42 +184,55 @@ def exact_value(place: Lab) -> cd.AbstractValue:
 VALUES: dict[str, Callable[[Lab], cd.AbstractValue]] = {"exact_critic": exact_value}
 
 
-class Bench(NamedTuple):
-    """What all seeds of an algorithm on a problem share: the compiled loop, and what it is measured with."""
+class Yardstick(NamedTuple):
+    """What all algorithms on a problem are measured with."""
 
     place: Lab
-    algorithm: cd.Algorithm
     ruler: exact.Ruler
     optimal: Target
-    fixed_point: Control | None
     chain_gap: Callable[[Any], float] | None
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
+def yardstick(problem_name: str) -> Yardstick:
+    """Made and compiled once for all units of a problem that a process solves."""
+    place = lab(problem_name)
+    ruler = exact.Ruler(place.problem, cd.sample_keys(jax.random.key(1_000_003), 2048))
+    optimal = make_target(np.asarray(place.problem.sample_optimal(ruler.keys)), np.full(len(ruler.keys), 1 / len(ruler.keys)))
+    return Yardstick(place, ruler, optimal, chain_gap(place) if problem_name in RINGS else None)
+
+
+class Bench(NamedTuple):
+    """What all seeds of an algorithm on a problem share: the compiled loop, and where it converges to if it is biased."""
+
+    yardstick: Yardstick
+    algorithm: cd.Algorithm
+    fixed_point: Control | None
+
+
+@functools.lru_cache(maxsize=1)
 def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
     """Made once for all seeds, so that they compile once."""
-    choice, place = ENTRIES[algorithm], lab(problem_name)
-    problem = place.problem
+    choice, measured = ENTRIES[algorithm], yardstick(problem_name)
+    place = measured.place
     updates = budget.iterations * budget.epochs * budget.minibatches
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
     times = None if budget.times is None else cd.TimeSampling(budget.times)
     training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times)
-    objective = cd.Objective(place.sampler, cd.differentiable(problem.reward), problem.kl_weight if choice.priced else 0.0)
+    kl_weight = place.problem.kl_weight if choice.priced else 0.0
+    objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
     made = choice.make(Settings(objective, value, training, kl_radius=0.1))
-    ruler = exact.Ruler(problem, cd.sample_keys(jax.random.key(1_000_003), 2048))
-    optimal = make_target(np.asarray(problem.sample_optimal(ruler.keys)), np.full(len(ruler.keys), 1 / len(ruler.keys)))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
-    chain = chain_gap(place) if choice.priced and isinstance(problem, exact.MixtureControl) else None
-    return Bench(place, made, ruler, optimal, fixed_point, chain)
+    return Bench(measured, made, fixed_point)
 
 
 def solve(algorithm: str, problem_name: str, seed: int, budget: Budget) -> dict[str, Any]:
     """Train and measure one unit."""
     begin = time.perf_counter()
     choice, table = ENTRIES[algorithm], bench(algorithm, problem_name, budget)
-    params, value_params = table.place.start(seed)
+    params, value_params = table.yardstick.place.start(seed)
     state = table.algorithm.init(params, value_params if choice.learns_value else ())
     history = []
     for i in range(budget.iterations):
@@ -247,11 +260,12 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget) -> dict[
 
 def measure(table: Bench, priced: bool, params: Any) -> dict[str, Any]:
     """Gap, control error, reward, path KL and distance to the optimal law, all on grids four times finer than the training's."""
-    problem, control, ruler = table.place.problem, table.place.sampler.control, table.ruler
+    (place, ruler, optimal, chain), fixed_point = table.yardstick, table.fixed_point
+    problem, control = place.problem, place.sampler.control
     gap, paths = ruler.gap(control, params), ruler.integrals(control, params)
     reward, kl = mean_and_error(paths.returns), mean_and_error(paths.price / problem.kl_weight)
-    error, distance = ruler.control_l2_error(control, params), energy_distance(paths.final, table.optimal)
-    own, fixed_point = None, table.fixed_point
+    error, distance = ruler.control_l2_error(control, params), energy_distance(paths.final, optimal)
+    own = None
     if fixed_point is not None:
         reached, untrained = (
             ruler.integrals(c, p, fixed_point).price.mean() for c, p in ((control, params), (problem.reference_action, None))
@@ -263,7 +277,7 @@ def measure(table: Bench, priced: bool, params: Any) -> dict[str, Any]:
         "optimality_gap": gap.gap.mean if priced else None,
         "optimality_gap_se": gap.gap.se if priced else None,
         "own_relative_gap": own,
-        "chain_relative_gap": table.chain_gap(params) if table.chain_gap else None,
+        "chain_relative_gap": chain(params) if chain and priced else None,
         "control_l2_error": error.mean,
         "control_l2_error_se": error.se,
         "zero_control_l2_error": ruler.zero_control_l2_error.mean,

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
 from tqdm import tqdm
 
+from .commandline import execute
 from .files import write_atomic
 from .rundir import RunDirectory
 from .value_networks_cases import PROBLEMS, Size
@@ -130,13 +130,7 @@ def _size(config: Config) -> Size:
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=args, description=__doc__, prog="python -m experiments.value_networks")
-    try:
-        run(config)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return execute(run, Config, __doc__, "experiments.value_networks", args)
 
 
 if __name__ == "__main__":

@@ -134,3 +134,40 @@ def test_the_fixed_point_of_the_discounted_guess_is_stationary():
         gradients.append(abs(moved[0] / moved[1]))
     assert gradients[1] < 0.05  # of the pull at the reference
     assert gradients[1] < 0.5 * gradients[0]  # what is left is discretisation
+
+
+def test_what_the_grid_bounds():
+    """The policy that ascends V* on the chain, `a = a_ref + std^2/(lambda psi) E grad V*(t', x')`, against a*: docs/exact.md."""
+
+    def gap(problem, sampler):
+        path = jax.jit(lambda keys: sampler.trajectory(None, keys))(cd.sample_keys(jax.random.key(0), 1024))
+        step = sampler.transitions()
+
+        @jax.jit
+        def rates(row):
+            t, t_next, x, phi, psi, std, key = row
+            a_ref, a_star = problem.reference_action(None, t, x), problem.optimal_action(None, t, x)
+            noise = jax.random.normal(key, (64, *x.shape))
+
+            def ascend(a, _):
+                ends = (phi * x + psi * a + std * noise).reshape(-1, 2)
+                gradient = jnp.mean(problem.value_gradient(t_next, ends).reshape(noise.shape), axis=0)
+                return a_ref + std**2 / (problem.kl_weight * psi) * gradient, None
+
+            a = jax.lax.scan(ascend, a_ref, length=4)[0]  # a contraction: 0.2 per step at the most
+            rate = problem.process.kl_rate
+            return (t_next - t) * jnp.mean(rate(t, a, a_star)), (t_next - t) * jnp.mean(rate(t, a_ref, a_star))
+
+        keys = jax.random.split(jax.random.key(1), len(path.t) - 1)
+        rows = (path.t[:-1], path.t[1:], path.x[:-1], *step, keys)
+        own, reference = jax.lax.map(rates, rows)
+        return float(jnp.sum(own) / jnp.sum(reference))
+
+    place = lab("ring_linear")
+    problem, process = place.problem, place.problem.process
+    optimal = cd.Sampler(place.sampler.process, problem.optimal_action, (2,), grid=place.sampler.grid)
+    assert abs(gap(problem, optimal) - 0.0044) < 0.001
+    for steps, expected in ((50, 0.029), (100, 0.0085)):
+        grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, steps + 1) ** 2
+        grid[0] = process.t0
+        assert abs(gap(problem, cd.Sampler(process, problem.optimal_action, (2,), grid=grid)) - expected) < 0.15 * expected
