@@ -12,7 +12,9 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +132,10 @@ def _solved(todo: list[Unit], workers: int, folder: Path) -> Iterator[tuple[str,
             yield _solve(unit, folder)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=24) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, max_tasks_per_child=24, initializer=_end_with_parent
+    )
+    with pool:
         pending = [pool.submit(_solve_all, group, folder) for group in groups]
         try:
             for future in concurrent.futures.as_completed(pending):
@@ -138,6 +143,18 @@ def _solved(todo: list[Unit], workers: int, folder: Path) -> Iterator[tuple[str,
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """A run that is killed leaves no worker behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _solve_all(units: list[Unit], folder: Path) -> list[tuple[str, float | None]]:

@@ -1,6 +1,12 @@
 """The leaderboard: what it runs, what it writes, that it resumes, and the fixed point of mean values."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +177,38 @@ def test_what_the_grid_bounds():
         grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, steps + 1) ** 2
         grid[0] = process.t0
         assert abs(gap(problem, cd.Sampler(process, problem.optimal_action, (2,), grid=grid)) - expected) < 0.15 * expected
+
+
+WORKERS = """
+import concurrent.futures, multiprocessing, os, time
+from experiments.exact import _end_with_parent
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_leaves_no_worker(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    root = str(Path(leaderboard.__file__).parents[1])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent by ten seconds")
