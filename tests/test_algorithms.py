@@ -300,6 +300,14 @@ REFUSALS = {
     "adjoint without a price": (lambda o: cd.adjoint_matching(o, TRAINING), "kl_weight=0: matching divides by it"),
     "guess of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
     "no temperature": (lambda o: cd.log_variance(o, TRAINING), "kl_weight=0: the log-variance divides by it"),
+    "times of whole paths": (
+        lambda o: cd.log_variance(cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.TimeSampling(3))),
+        "LogVariance is trained on whole paths; use times=None",
+    ),
+    "no times": (
+        lambda o: cd.compose(o, Pathwise(1), EXACT, TRAINING._replace(times=cd.TimeSampling(0))),
+        "times.number=0 must be at least 1",
+    ),
     "paths do not divide": (
         lambda o: cd.ddpo(o, TRAINING._replace(minibatches=7)),
         r"minibatches=7 must divide batch \* intervals",

@@ -71,7 +71,7 @@ class Training(NamedTuple):
         policy: how the policy moves: an optax optimiser, or a trust region such as `NaturalGradient(radius)`.
         batch: paths per iteration.
         epochs: passes over the rows of an iteration.
-        minibatches: updates per pass; must divide the number of rows (`batch * intervals`, or `batch` for whole paths).
+        minibatches: updates per pass; must divide the number of rows: `batch * intervals` (or times), `batch` for whole paths.
         value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
         times: which times of a path make rows (default: every one that the estimator uses).
     """
@@ -131,7 +131,8 @@ def compose(
     per_path = len(starts) if times is None else times.number
     rows_in_all = batch if estimator.whole_paths else batch * per_path
     if minibatches < 1 or rows_in_all % minibatches:
-        what = f"batch = {batch}" if estimator.whole_paths else f"batch * times = {batch} * {per_path} = {rows_in_all}"
+        drawn = "intervals" if times is None else "times.number"
+        what = f"batch = {batch}" if estimator.whole_paths else f"batch * {drawn} = {batch} * {per_path} = {rows_in_all}"
         raise ValueError(f"minibatches={minibatches} must divide {what}.")
 
     def empty_rollout() -> Rollout:
