@@ -144,21 +144,22 @@ def mean_value_action(place: Lab) -> Control:
 
 
 def discounted_guess_action(place: Lab, gamma: float = 0.9) -> Control:
-    """Where `sqdf` converges to: `a_ref + gamma^(steps to go) G^2/(lambda B) grad_x r(x_hat(t, x))`, in the limit of small steps.
+    """Where `sqdf` converges to: `a_ref + gamma^(steps to go) std^2/(lambda psi) grad_x r(x_hat(t, x))`, up to one step's change of it.
 
-    `x_hat` is the reference's posterior mean and the steps to go after `t` are those of the training's grid, interpolated.
+    `x_hat` is the reference's posterior mean. Steps to go and `std^2/psi` (in the limit `G^2/B`) are those of the training's chain,
+    interpolated: the discount makes the last steps count, and there they are not small in the log-SNR.
     """
-    problem, ts = place.problem, place.sampler.ts
-    n, process = len(ts) - 1, place.problem.process
+    problem, ts, step = place.problem, place.sampler.ts, place.sampler.transitions()
+    process = problem.process
+    factors = step.std**2 / step.psi * gamma ** jnp.arange(len(ts) - 1)[::-1]
 
     def guess(t, x):
         return problem.reward(process.terminal_mean(t, x, problem.reference_action(None, t, x)))
 
     def action(params, t, x, cond=None):
-        to_go = jnp.interp(t, ts[:-1], jnp.arange(n)[::-1].astype(ts.dtype))
-        _, b, g = process.coefficients(t)
         pull = jax.grad(lambda x: jnp.sum(guess(t, x)))(x)
-        return problem.reference_action(None, t, x) + expand(gamma**to_go * g**2 / (problem.kl_weight * b), x) * pull
+        factor = jnp.interp(t, ts[:-1], factors) / problem.kl_weight
+        return problem.reference_action(None, t, x) + expand(factor, x) * pull
 
     return action
 

@@ -75,7 +75,7 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
     action, law, mean = problem.reference_action, problem.terminal(ts.dtype), problem.mean_reward
     if optimal:
         action, law, mean = problem.optimal_action, problem.tilted(ts.dtype), problem.optimal_mean_reward
-    steps = objective.transitions()
+    steps = objective.sampler.transitions()
 
     @partial(jax.jit, static_argnums=1)
     def draw(key, paths: int):
@@ -136,7 +136,7 @@ def log_mean_exp(r: Float[Array, "b n"], kl_weight: float) -> tuple[Float[Array,
 
 def continuations(objective: cd.Objective, params, j: Int[Array, ""], x: Float[Array, "b *x"], key) -> Float[Array, "b *x"]:
     """Final states of the chain from the states `x` of interval `j`, one per row; row `i` draws from `fold_in(key, i)`."""
-    steps, ts, keys = objective.transitions(), objective.sampler.ts, cd.sample_keys(key, len(x))
+    steps, ts, keys = objective.sampler.transitions(), objective.sampler.ts, cd.sample_keys(key, len(x))
 
     def step(i, x):
         noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:], x.dtype))(keys)

@@ -123,7 +123,7 @@ def test_the_martingale_loss_is_an_integral_over_time(objective):
     value = cd.LookaheadValue(objective.sampler.process.t0, objective.sampler.process.t1)
     j, zeros = jnp.arange(3), jnp.zeros((3, 2))
     goal = jnp.asarray([1.0, -2.0, 3.0])
-    rows = Rows(j, *[zeros] * 6, r_hat=jnp.zeros(3), tail=goal, target=goal, signal=goal)
+    rows = Rows(j, *[zeros] * 6, r_hat=jnp.zeros(3), weight=jnp.ones(3), target=goal, signal=goal)
     dt = np.diff(objective.sampler.times)
     assert float(MartingaleCritic(value).error((), objective, rows)) == pytest.approx(dt @ [1, 4, 9] / dt.sum(), rel=1e-5)
     assert float(cd.Critic(value).error((), objective, rows)) == pytest.approx(14 / 3)
@@ -156,7 +156,7 @@ def test_continuations_are_the_chain():
     process = cd.DiffusionProcess(cd.VPLinear(tau_min=0.3))
     sampler = cd.Sampler(process, lambda p, t, x, c: -t * x, (2,), grid=process.grid(4))
     linear = cd.Objective(sampler, cd.differentiable(lambda x: x[:, 0]), 1.0)
-    steps, ts = linear.transitions(), sampler.ts
+    steps, ts = sampler.transitions(), sampler.ts
     x = jnp.tile(jnp.asarray([[1.0, -2.0]]), (20_000, 1))
     for first in (0, 2):
         factor, variance = 1.0, 0.0
