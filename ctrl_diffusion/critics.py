@@ -89,8 +89,8 @@ class Critic(eqx.Module):
         target = self.target(objective, rollout)
         if self.horizon == float("inf"):
             return target
-        paid = target - jnp.concatenate([target[1:], rollout.reward[None]])  # minus what interval j costs
-        increments = value_increments(values, -paid)
+        paid = jnp.concatenate([target[1:], rollout.reward[None]]) - target
+        increments = value_increments(values, paid)
         return values[:-1] + advantages(increments, jnp.diff(rollout.t), self.horizon)
 
     def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:

@@ -1,7 +1,7 @@
 """What the commands share: options from a dataclass, expected errors in one line, an exit code."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -18,3 +18,18 @@ def execute(run: Callable[[C], Any], config: type[C], description: str | None, m
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def require_known(name: str, chosen: Iterable[str], known: Iterable[str]) -> None:
+    """`ValueError` for the first name of a setting that is not known."""
+    known = tuple(known)
+    for value in chosen:
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
+
+
+def require_at_least(low: int, **numbers: int | None) -> None:
+    """`ValueError` for the first setting below `low`; None stands for a default."""
+    for name, number in numbers.items():
+        if number is not None and number < low:
+            raise ValueError(f"{name}={number} must be at least {low}.")

@@ -10,7 +10,6 @@ Budgets are fixed beforehand and stated in evaluations. A run that was stopped c
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .commandline import execute
+from .commandline import execute, require_at_least, require_known
 from .exact_report import write_report
 from .exact_units import BUDGETS, DEFAULT, ENTRIES, PROBLEMS, Budget, solve, why_not
-from .files import write_atomic
-from .rundir import RunDirectory
+from .rundir import Results, RunDirectory
 
 QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
 EVERYWHERE = ("adjoint_matching", "log_variance")
@@ -66,16 +64,12 @@ class Unit(NamedTuple):
 
 def units(config: Config) -> list[Unit]:
     """The units of a configuration, the ring first."""
-    for name, known in {"algorithms": ENTRIES, "problems": PROBLEMS}.items():
-        unknown = [v for v in getattr(config, name) if v not in known]
-        if unknown:
-            raise ValueError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}.")
+    require_known("algorithms", config.algorithms, ENTRIES)
+    require_known("problems", config.problems, PROBLEMS)
     if config.quick and config.full:
         raise ValueError("quick=True and full=True: choose one.")
+    require_at_least(1, seeds=config.seeds, workers=config.workers, iterations=config.iterations)
     seeds = (3 if config.full else 1) if config.seeds is None else config.seeds
-    for name, number in {"seeds": seeds, "workers": config.workers, "iterations": config.iterations or 1}.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
     chosen = [
         Unit(algorithm, problem, seed, _budget(config, algorithm))
         for problem in (config.problems or PROBLEMS)
@@ -109,14 +103,13 @@ def run(config: Config) -> dict[str, Any]:
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
         return directory.metrics
-    folder = config.out / "units"
-    folder.mkdir(exist_ok=True)
-    missing = [unit for unit in todo if not (folder / f"{unit.name}.json").exists()]
+    results = Results(config.out / "units")
+    missing = [unit for unit in todo if not results.has(unit.name)]
     with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
-        for name, gap in _solved(missing, config.workers, folder):
+        for name, gap in _solved(missing, config.workers, results):
             bar.update()
             bar.set_postfix_str(name if gap is None else f"{name}: gap {100 * gap:.2f} %")
-    found = [json.loads((folder / f"{unit.name}.json").read_text()) for unit in todo]
+    found = results.read(unit.name for unit in todo)
     metrics = {"results": [{k: v for k, v in result.items() if k != "history"} for result in found]}
     write_report(config.out, found)
     directory.finish(metrics)
@@ -124,19 +117,19 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _solved(todo: list[Unit], workers: int, folder: Path) -> Iterator[tuple[str, float | None]]:
+def _solved(todo: list[Unit], workers: int, results: Results) -> Iterator[tuple[str, float | None]]:
     """Names and gaps of units as they are finished; the seeds of an algorithm on a problem share a process, and compile once."""
     groups = [list(found) for _, found in itertools.groupby(todo, key=lambda unit: unit[:2])]
     if workers == 1 or len(groups) < 2:
         for unit in todo:
-            yield _solve(unit, folder)
+            yield _solve(unit, results)
         return
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, max_tasks_per_child=24, initializer=_end_with_parent
     )
     with pool:
-        pending = [pool.submit(_solve_all, group, folder) for group in groups]
+        pending = [pool.submit(_solve_all, group, results) for group in groups]
         try:
             for future in concurrent.futures.as_completed(pending):
                 yield from future.result()
@@ -157,14 +150,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _solve_all(units: list[Unit], folder: Path) -> list[tuple[str, float | None]]:
-    return [_solve(unit, folder) for unit in units]
+def _solve_all(units: list[Unit], results: Results) -> list[tuple[str, float | None]]:
+    return [_solve(unit, results) for unit in units]
 
 
-def _solve(unit: Unit, folder: Path) -> tuple[str, float | None]:
+def _solve(unit: Unit, results: Results) -> tuple[str, float | None]:
     """Solve a unit and keep its result."""
     result = solve(unit.algorithm, unit.problem, unit.seed, unit.budget)
-    write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+    results.keep(unit.name, result)
     return unit.name, result["relative_gap"]
 
 

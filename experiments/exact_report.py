@@ -1,6 +1,5 @@
 """The leaderboard as a table and two figures: gaps of all algorithms, and reward against path KL on the ring."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib import pyplot as plt
 from ctrl_diffusion import exact
 
 from .exact_units import ENTRIES, PROBLEMS
+from .figures import png
 from .files import write_atomic
 
 Result = dict[str, Any]
@@ -22,9 +22,9 @@ Result = dict[str, Any]
 def write_report(out: Path, results: Sequence[Result]) -> None:
     """`table.md`, `gaps.png`, and `frontier.png` if the ring is among the problems."""
     write_atomic(out / "table.md", table(results))
-    write_atomic(out / "gaps.png", _png(_gaps(results)))
+    write_atomic(out / "gaps.png", png(_gaps(results), 140))
     if any(result["problem"] == "ring_linear" for result in results):
-        write_atomic(out / "frontier.png", _png(_frontier([r for r in results if r["problem"] == "ring_linear"])))
+        write_atomic(out / "frontier.png", png(_frontier([r for r in results if r["problem"] == "ring_linear"]), 140))
 
 
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -127,10 +127,3 @@ def _frontier(results: Sequence[Result]) -> Any:
     panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     panel.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=140)
-    plt.close(figure)
-    return buffer.getvalue()

@@ -43,10 +43,10 @@ def figure(panels: Sequence[Panel], width: float = 4.3, height: float = 3.7) -> 
     return result
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG at 200 dots per inch."""
+def png(figure: Figure, dpi: int = 200) -> bytes:
+    """The figure as a PNG of this resolution, dots per inch."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 

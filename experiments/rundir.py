@@ -87,6 +87,23 @@ class RunDirectory:
         return Checkpoints(self.path / "checkpoints" / phase)
 
 
+class Results:
+    """A JSON file per unit of a run, complete or absent: what is there is not done again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists()
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        write_atomic(self.folder / f"{name}.json", json.dumps(result, allow_nan=False) + "\n")
+
+    def read(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        return [json.loads((self.folder / f"{name}.json").read_text()) for name in names]
+
+
 class Checkpoints:
     """Asynchronous, atomic checkpoints of one phase; the last two are kept."""
 

@@ -7,16 +7,14 @@ A unit is one variant on one problem, all seeds at once. A run that was stopped 
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .commandline import execute
-from .files import write_atomic
-from .rundir import RunDirectory
+from .commandline import execute, require_at_least, require_known
+from .rundir import Results, RunDirectory
 from .value_networks_cases import PROBLEMS, Size
 from .value_networks_fit import Budget, Case, learn
 from .value_networks_report import summary, write_report
@@ -68,15 +66,12 @@ class Unit(NamedTuple):
 
 def units(config: Config) -> list[Unit]:
     """The units of a configuration, problem by problem."""
-    for name, known in {"problems": PROBLEMS, "variants": BY_NAME}.items():
-        unknown = [v for v in getattr(config, name) if v not in known]
-        if unknown:
-            raise ValueError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}.")
-    least = {"seeds": 1, "iterations": 1, "paths": 1, "states": 2, "digit_states": 2, "continuations": 2, "pretrain_steps": 1}
-    for name, low in least.items():
-        number = getattr(config, name)
-        if number is not None and number < low:
-            raise ValueError(f"{name}={number} must be at least {low}.")
+    require_known("problems", config.problems, PROBLEMS)
+    require_known("variants", config.variants, BY_NAME)
+    require_at_least(
+        1, seeds=config.seeds, iterations=config.iterations, paths=config.paths, pretrain_steps=config.pretrain_steps
+    )
+    require_at_least(2, states=config.states, digit_states=config.digit_states, continuations=config.continuations)
     problems = config.problems or (("ring_linear",) if config.quick else ("ring_linear", "digits"))
     variants = config.variants or (QUICK if config.quick else tuple(BY_NAME))
     chosen = [Unit(p, v, _iterations(config, p)) for p in problems for v in variants if v not in PROBLEMS[p].left_out]
@@ -94,9 +89,8 @@ def run(config: Config) -> dict[str, Any]:
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
         return directory.metrics
-    folder = config.out / "units"
-    folder.mkdir(exist_ok=True)
-    missing = [unit for unit in todo if not (folder / f"{unit.name}.json").exists()]
+    results = Results(config.out / "units")
+    missing = [unit for unit in todo if not results.has(unit.name)]
     cases: dict[str, Case] = {}
     with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
         for unit in missing:
@@ -104,11 +98,10 @@ def run(config: Config) -> dict[str, Any]:
             if unit.problem not in cases:
                 cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config))}  # one at a time in memory
             result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations))
-            result = {"problem": unit.problem, "variant": unit.variant} | result
-            write_atomic(folder / f"{unit.name}.json", json.dumps(result, allow_nan=False) + "\n")
+            results.keep(unit.name, {"problem": unit.problem, "variant": unit.variant} | result)
             bar.update()
     directory.close()
-    found = [json.loads((folder / f"{unit.name}.json").read_text()) for unit in todo]
+    found = results.read(unit.name for unit in todo)
     metrics = {"results": [summary(result) for result in found]}
     write_report(config.out, found)
     directory.finish(metrics)

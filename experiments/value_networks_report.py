@@ -1,6 +1,5 @@
 """The ablation as a table and two figures per problem: error over time, and error against updates."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .figures import FONT
+from .figures import FONT, png
 from .files import write_atomic
 from .value_networks_variants import BY_NAME, PANELS, VARIANTS, Panel, mean, optimum
 
@@ -84,8 +83,8 @@ def write_report(out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "table.md", table(results))
     for problem in dict.fromkeys(result["problem"] for result in results):
         found = {result["variant"]: result for result in results if result["problem"] == problem}
-        write_atomic(out / f"errors-{problem}.png", _png(_figure(found, _errors, "control time t", "rms error (reward)")))
-        write_atomic(out / f"curves-{problem}.png", _png(_figure(found, _curves, "updates", "error (% of constant's)")))
+        write_atomic(out / f"errors-{problem}.png", png(_figure(found, _errors, "control time t", "rms error (reward)"), 96))
+        write_atomic(out / f"curves-{problem}.png", png(_figure(found, _curves, "updates", "error (% of constant's)"), 96))
 
 
 Draw = Callable[[Axes, Panel, Mapping[str, Result]], None]
@@ -109,12 +108,6 @@ def _figure(found: Mapping[str, Result], draw: Draw, x: str, y: str) -> Figure:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=96, metadata={"Software": None})
-    return file.getvalue()
 
 
 def _lines(panel: Panel, found: Mapping[str, Result]) -> list[tuple[str, str, Result]]:
