@@ -11,12 +11,13 @@ the last one stopped.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax as dfx
 import jax
@@ -76,7 +77,8 @@ class Config:
     """Also compile gradients at 25, 100 and 400 evaluations, for the compiler's figure of their temporary memory."""
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
     """A v-prediction `predict(params, x, t)` with parameters, a batch and the shape of a state."""
 
     predict: Callable
@@ -85,6 +87,7 @@ class Problem(NamedTuple):
     shape: tuple[int, ...]
 
 
+@functools.cache
 def digits_problem(batch: int, width: int, depth: int) -> Problem:
     """The network of `experiments.digits` with weights that do something: a fresh one predicts zero."""
     shape = (8, 8, 1)
@@ -95,6 +98,7 @@ def digits_problem(batch: int, width: int, depth: int) -> Problem:
     return Problem(lambda p, x, t: nnx.merge(graphdef, p)(x, jnp.broadcast_to(t, (len(x),)), None), params, batch, shape)
 
 
+@functools.cache
 def trivial_problem(batch: int) -> Problem:
     """A prediction proportional to the state: one multiplication."""
     return Problem(lambda p, x, t: p * x, jnp.asarray(0.3), batch, (2,))
@@ -210,17 +214,19 @@ def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False
             stages, extra, scan_steps = 1, 0, stages * steps + extra
     ours = solve(case, problem, steps, gradient)
     # the tree's noise is not keyed: one draw per sample and call stands for it
-    scan = hand_written(
-        problem, scan_steps, stages, min(case.draws, 1) if case.kind == ADAPTIVE else case.draws, extra, gradient
-    )
-    return _compiled(ours, scan, problem, keys, gradient)
-
-
-def _compiled(ours: Callable, scan: Callable, problem: Problem, keys, gradient: bool) -> tuple[Callable, Callable]:
-    if gradient:
-        ours, scan = (jax.grad(lambda p, k, fn=fn: jnp.sum(fn(p, k) ** 2)) for fn in (ours, scan))
-    first, second = jax.jit(ours), jax.jit(scan)
+    draws = min(case.draws, 1) if case.kind == ADAPTIVE else case.draws
+    first, second = _compiled(ours, gradient), _compiled_scan(problem, scan_steps, stages, draws, extra, gradient)
     return lambda: first(problem.params, keys), lambda: second(problem.params, keys)
+
+
+def _compiled(run: Callable, gradient: bool) -> Callable:
+    return jax.jit(jax.grad(lambda p, k: jnp.sum(run(p, k) ** 2)) if gradient else run)
+
+
+@functools.cache
+def _compiled_scan(problem: Problem, steps: int, stages: int, draws: int, extra: int, gradient: bool) -> Callable:
+    """Solvers of equal counts share one program."""
+    return _compiled(hand_written(problem, steps, stages, draws, extra, gradient), gradient)
 
 
 def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
@@ -232,14 +238,16 @@ def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient
 def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The same against `scanned`: what the loop costs, whatever the step does."""
     keys, steps = sample_keys(jax.random.key(0), problem.batch), max(evaluations // case.stages, 1)
-    pair = _compiled(solve(case, problem, steps, gradient), scanned(case, problem, steps, gradient), problem, keys, gradient)
-    times = interleaved(*pair, repeats)
+    runs = solve(case, problem, steps, gradient), scanned(case, problem, steps, gradient)
+    first, second = (_compiled(run, gradient) for run in runs)
+    times = interleaved(lambda: first(problem.params, keys), lambda: second(problem.params, keys), repeats)
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 
+@functools.cache
 def small(problem: Problem) -> Problem:
     """A few states of it: an implicit solver factorises a matrix with a row for every entry of the batch."""
-    return problem._replace(batch=min(problem.batch, 16))
+    return dataclasses.replace(problem, batch=min(problem.batch, 16))
 
 
 def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int, int]:

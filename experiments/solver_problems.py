@@ -21,6 +21,7 @@ MIDDLE = 0.4  # a start at which the data is seen: the control varies, and start
 NO_ARGS = (None, None)
 
 
+@jax.jit
 def clock(t):
     """The log-SNR at control time `t`."""
     return SCHEDULE.log_snr(SCHEDULE.horizon - jnp.asarray(t))
@@ -234,5 +235,5 @@ def weak_errors(eta, frozen, make_solver, counts, perturbed=True) -> list[float]
         if shared
         else [affine_map(make_term, m, longest) for m in makers]
     )
-    chains = [run(grid, n) for run, grid, n in zip(runs, grids(counts, t0=MIDDLE), counts)]
+    chains = [run(grid, jnp.asarray(n)) for run, grid, n in zip(runs, grids(counts, t0=MIDDLE), counts)]
     return [float(jnp.sum(jnp.abs(law(chain) - exact))) for chain in chains]
