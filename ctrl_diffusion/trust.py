@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -73,7 +74,8 @@ class NaturalGradient(AbstractTrustRegion):
         iterations: of conjugate gradient.
         damping: added to the diagonal of `F`, nats per squared parameter.
         backtracks: halvings of the KL.
-        fisher_rows: rows that `F` is averaged over (the first ones of a shuffled batch); `None`: all.
+        fisher_rows: how many rows `F` is averaged over, evenly spread over times and samples; `None`: all. Far fewer than there are
+            parameters, and the direction grows where these rows have no say: the line search then gives most of the step back.
     """
 
     radius: float = eqx.field(static=True)
@@ -107,7 +109,10 @@ class NaturalGradient(AbstractTrustRegion):
     def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
         (before, loss_metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
         states = per_path(rows)[0] if rows.j.ndim == 2 else rows
-        some = states if self.fisher_rows is None else jax.tree.map(lambda v: v[: self.fisher_rows], states)
+        count = len(states.j)
+        # rows are ordered by time
+        spread = np.linspace(0, count - 1, min(self.fisher_rows or count, count)).round().astype(int)
+        some = jax.tree.map(lambda v: v[spread], states)
 
         def damped(v):
             return optax.tree.add_scale(fisher_product(objective, params, some, v), self.damping, v)

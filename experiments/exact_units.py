@@ -1,6 +1,7 @@
 """One unit of the leaderboard: an algorithm, a problem, a seed. What is trained, for how long, and how the result is measured."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.exact import AbstractControlProblem
+from ctrl_diffusion.networks import TimeEmbedding
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.predictions import V, expand
 
@@ -38,7 +40,16 @@ EXACT_CRITIC = Choice(
     lambda s: cd.compose(s.objective, cd.estimators.Pathwise(1), cd.Critic(s.value), s.training),
     "pathwise through one step of the exact value (not an algorithm: what the others approach)",
 )
-ENTRIES: dict[str, Choice] = ALGORITHMS | {"exact_critic": EXACT_CRITIC}
+BOOTSTRAPPED = Choice(
+    lambda s: cd.adjoint_matching(s.objective, s.training, horizon=0.05),
+    "regression on the lean adjoint, bootstrapped from the policy with a horizon of 0.05",
+    differentiates=True,
+)
+ENTRIES: dict[str, Choice] = ALGORITHMS | {
+    "adjoint_matching": BOOTSTRAPPED,
+    "adjoint_matching_published": ALGORITHMS["adjoint_matching"],
+    "exact_critic": EXACT_CRITIC,
+}
 
 GUESS = "builds on a guess of the final state, which without data is the present state (no posterior mean)"
 NOT_FOR_CONTROL: dict[str, str] = {
@@ -70,19 +81,35 @@ class Budget(NamedTuple):
 
 LIKELIHOOD_RATIO = Budget(epochs=2, minibatches=16, learning_rate=2e-3)
 TRAJECTORY = Budget(epochs=4, minibatches=16)
+MATCHING = Budget(150, minibatches=128)
 NO_PRICE = Budget(10, minibatches=8, learning_rate=2e-3)
 BUDGETS: dict[str, Budget] = {
     "score_as_action": LIKELIHOOD_RATIO,
     "score_as_action_published": LIKELIHOOD_RATIO,
-    "score_as_action_trpo": LIKELIHOOD_RATIO,
+    "score_as_action_trpo": LIKELIHOOD_RATIO._replace(iterations=45),
     "dpok": LIKELIHOOD_RATIO,
     "flow_grpo": LIKELIHOOD_RATIO,
     "log_variance": TRAJECTORY,
     "path_consistency": TRAJECTORY,
-    "adjoint_matching": Budget(250, minibatches=16, learning_rate=2e-3, times=20),
+    "adjoint_matching": MATCHING,
+    "adjoint_matching_published": MATCHING,
     **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PRICE),
 }
 DEFAULT = Budget()
+
+
+class PolicyNetwork(nnx.Module):
+    """`gain(t) features + network(features, t)`: features `[b, f]` to `[b, *out]`, zero at first."""
+
+    def __init__(self, features: int, out: tuple[int, ...], width: int, rngs: nnx.Rngs):
+        self.out = nnx.static(out)
+        self.embed = TimeEmbedding(width, rngs)
+        self.gain = nnx.Linear(width, math.prod(out) * features, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.network = cd.ResidualMLP((features,), out, width=width, depth=2, rngs=rngs)
+
+    def __call__(self, features, t, cond=None):
+        gain = self.gain(nnx.silu(self.embed(t))).reshape(len(features), -1, features.shape[1])
+        return self.network(features, t) + jnp.einsum("bof,bf->bo", gain, features).reshape(-1, *self.out)
 
 
 class Lab(NamedTuple):
@@ -95,22 +122,23 @@ class Lab(NamedTuple):
 
 
 def lab(problem_name: str, width: int = 32) -> Lab:
-    """The reference action plus `G^2/B` times a network of `(t, x)` that starts at zero; a value network beside it.
+    """The reference action plus `G^2/B` times a network that starts at zero; a value network of `(t, x)` beside it.
 
-    Diffusion problems are sampled with frozen v-predictions on 100 steps that shrink towards the data, `t1 - t = (t1 - t0)
-    (1 - i/n)^1.5`: a policy that is optimal for this chain has a relative gap of 0.4 % on the ring, with 50 steps and x0 frozen it
-    has 3 %. Others have their own number of uniform steps.
+    The network sees `t`, `x` and what the reference makes of them: the posterior mean of diffusion problems, the drift of others.
+    Steps shrink towards the end, `t1 - t = (t1 - t0) (1 - i/n)^1.5`. Diffusion problems are sampled with frozen v-predictions on 100
+    of them: a policy that is optimal for this chain has a relative gap of 0.4 % on the ring, with 50 steps and x0 frozen it has 3 %.
+    Others have their own number.
     """
     problem = PROBLEMS[problem_name]()
-    process, grid, shape = problem.process, problem.grid(), problem.shape
+    process, steps, shape = problem.process, len(problem.grid()) - 1, problem.shape
     if isinstance(process, cd.DiffusionProcess):
-        process = cd.DiffusionProcess(process.schedule, process.eta, V)
-        grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, 101) ** 1.5
-        grid[0] = process.t0
+        process, steps = cd.DiffusionProcess(process.schedule, process.eta, V), 100
+    grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, steps + 1) ** 1.5
+    grid[0] = process.t0
 
     def networks(seed):
         rngs = nnx.Rngs(seed)
-        policy = cd.value_network(cd.ResidualMLP(shape, shape, width=width, depth=2, rngs=rngs))
+        policy = cd.value_network(PolicyNetwork(2 * math.prod(shape), shape, width, rngs))
         return policy, cd.value_network(cd.ResidualMLP(shape, (), width=width, depth=2, rngs=rngs))
 
     def start(seed):
@@ -121,7 +149,10 @@ def lab(problem_name: str, width: int = 32) -> Lab:
 
     def control(params, t, x, cond=None):
         _, b, g = process.coefficients(t)
-        return problem.reference_action(None, t, x) + expand(g**2 / b, x) * network(params, t, x)
+        a_ref = problem.reference_action(None, t, x)
+        seen = process.terminal_mean(t, x, a_ref) if isinstance(process, cd.DiffusionProcess) else a_ref
+        features = jnp.concatenate([v.reshape(len(x), -1) for v in (x, seen)], axis=1)
+        return a_ref + expand(g**2 / b, x) * network(params, t, features)
 
     return Lab(problem, cd.Sampler(process, control, shape, grid=grid), value, start)
 
@@ -224,7 +255,7 @@ def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
     kl_weight = place.problem.kl_weight if choice.priced else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
-    made = choice.make(Settings(objective, value, training, kl_radius=0.1))
+    made = choice.make(Settings(objective, value, training, kl_radius=0.01))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
     return Bench(measured, made, fixed_point)
 

@@ -38,8 +38,7 @@ class Choice(NamedTuple):
 
 
 def _trpo(s: Settings) -> cd.Algorithm:
-    rows = s.objective.intervals * s.training.batch
-    region = cd.NaturalGradient(s.kl_radius, fisher_rows=min(rows, 4096))
+    region = cd.NaturalGradient(s.kl_radius, fisher_rows=8192)
     return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
 
 

@@ -12,11 +12,11 @@ from ctrl_diffusion import exact
 from ctrl_diffusion.critics import log_ratio_to_go, soft_error
 from ctrl_diffusion.estimators import (
     GradientBalance,
+    LeanAdjoint,
     LogVariance,
     Matching,
     PathConsistency,
     Pathwise,
-    lean_adjoint,
     value_gradient,
 )
 from ctrl_diffusion.objective import Rollout, Rows, chi_squared, squared_hellinger
@@ -55,7 +55,8 @@ ESTIMATORS = {
     "pathwise through one step": (Pathwise(1), EXACT),
     "pathwise through ten steps": (Pathwise(10), EXACT),
     "matching the value's gradient": (Matching(value_gradient), EXACT),
-    "matching the lean adjoint": (Matching(lean_adjoint), NONE),
+    "matching the lean adjoint": (Matching(LeanAdjoint()), NONE),
+    "matching the bootstrapped adjoint": (Matching(LeanAdjoint(0.2)), NONE),
     "gradients of detailed balance": (GradientBalance(), EXACT),
     "likelihood ratio": (cd.estimators.LikelihoodRatio(), EXACT),
     "log-variance": (LogVariance(), NONE),
@@ -68,7 +69,7 @@ ESTIMATORS = {
 def test_every_estimator_stands_still_at_the_optimum(name):
     """Its gradient at a* is discretisation and noise: a few percent of that at the reference."""
     estimator, critic = ESTIMATORS[name]
-    algorithm = cd.compose(objective(), estimator, critic, cd.Training(optax.sgd(1.0), 2048))
+    algorithm = cd.compose(objective(128), estimator, critic, cd.Training(optax.sgd(1.0), 2048))
     gradients = []
     for start in ([1.0, 0.0, 0.0], [0.0, 0.0, 0.0]):
         before = jnp.asarray(start)
@@ -137,9 +138,11 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
     np.testing.assert_allclose(hessian, matrix, rtol=2e-3, atol=2e-3 * float(jnp.max(jnp.abs(matrix))))
 
 
-def test_trpo_stays_in_its_radius_in_every_iteration():
+@pytest.mark.parametrize("fisher_rows", [None, 512])
+def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
+    """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
     radius = 0.03
-    region = cd.NaturalGradient(radius)
+    region = cd.NaturalGradient(radius, fisher_rows=fisher_rows)
     training = cd.Training(region, 512, 1, 1)
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
@@ -151,6 +154,7 @@ def test_trpo_stays_in_its_radius_in_every_iteration():
         moved = float(moved_kl(problem, state.params, old, pairs(problem, old, 2048)))  # on fresh paths
         used.append(float(info.metrics["update_kl"]))
         assert 0 < used[-1] <= radius
+        assert i > 0 or float(info.metrics["backtracks"]) <= 1  # far from the optimum, where the KL alone limits the step
         assert moved == pytest.approx(used[-1], rel=0.15)  # the same number on other paths of the same policy
     assert max(used) > 0.5 * radius  # and uses it
 
@@ -313,6 +317,10 @@ REFUSALS = {
         r"minibatches=7 must divide batch \* intervals",
     ),
     "no batch": (lambda o: cd.ddpo(o, TRAINING._replace(batch=0)), "batch=0 must be at least 1"),
+    "no horizon": (
+        lambda o: cd.adjoint_matching(cd.Objective(o.sampler, o.reward, 1.0), TRAINING, horizon=0.0),
+        "horizon=0.0 must",
+    ),
     "negative radius": (lambda o: cd.NaturalGradient(-1.0), "radius=-1.0 must be positive"),
     "no steps": (lambda o: Pathwise(-1), "steps=-1 must be at least 0"),
 }

@@ -7,6 +7,7 @@ sum log-densities and KL over state dimensions, and price the path KL in nats (`
 from ..critics import Critic, Target, ValueLoss, kl_to_go, log_ratio_to_go, returns, soft_error, squared_error
 from ..estimators import (
     GradientBalance,
+    LeanAdjoint,
     LikelihoodRatio,
     LogVariance,
     Matching,
@@ -218,12 +219,13 @@ def refl(objective: Objective, training: Training, *, fraction: float = 0.25) ->
     return compose(objective, Pathwise(0, late(fraction)), lookahead_critic(objective), training)
 
 
-def adjoint_matching(objective: Objective, training: Training) -> Algorithm:
+def adjoint_matching(objective: Objective, training: Training, *, horizon: float = INFINITE) -> Algorithm:
     r"""Adjoint Matching: the control is regressed on minus the noise level times the lean adjoint along its own paths.
 
     `E sum_j |u_theta + sigma a_{j+1}|^2 / 2`; Domingo-Enrich et al. 2025, eq. 37 to 39. Needs a differentiable reward and `eta = 1`
     for the optimum to be the reweighted law. The adjoint is that of the chain's own steps (the paper: an Euler step), and the
-    adjoint at the end of a step is used, which is exact for the chain. All steps are used, and none is clipped.
+    adjoint at the end of a step is used, which is exact for the chain. All steps are used, and none is clipped. A finite `horizon`
+    (control time) bootstraps the adjoint from the policy itself: the same fixed point with less noise (`estimators.LeanAdjoint`).
 
     ??? cite "Reference"
         ```bibtex
@@ -232,7 +234,7 @@ def adjoint_matching(objective: Objective, training: Training) -> Algorithm:
           Chen, Ricky T. Q.}, booktitle={ICLR}, year={2025}}
         ```
     """
-    return compose(objective, Matching(), no_critic(objective), training)
+    return compose(objective, Matching(LeanAdjoint(horizon)), no_critic(objective), training)
 
 
 def rwr(objective: Objective, training: Training) -> Algorithm:

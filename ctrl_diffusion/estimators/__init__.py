@@ -9,8 +9,8 @@ from .likelihood_ratio import (
 )
 from .matching import (
     GradientBalance as GradientBalance,
+    LeanAdjoint as LeanAdjoint,
     Matching as Matching,
-    lean_adjoint as lean_adjoint,
     value_gradient as value_gradient,
 )
 from .pathwise import (

@@ -6,6 +6,7 @@ r"""Gradients by regression: the action is matched to the maximiser of the Hamil
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,23 +24,43 @@ from .pathwise import Credit, undiscounted
 Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]]
 
 
-def lean_adjoint(objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
-    r"""`g_j = a_{j+1}`, with `a_n = grad r(x_n)` and `a_j = D_x(x + reference step)^T a_{j+1} - grad f(t_j, x_j) dt_j`.
+class LeanAdjoint(NamedTuple):
+    r"""`g_j = a_{j+1}`, with `a_n = grad r(x_n)` and `a_j = D_x(x + reference step)^T b_j - grad f(t_j, x_j) dt_j`.
 
     The adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"), with the
     derivative of the step that is made, in place of an Euler step of the adjoint's equation.
+
+    As published `b_j = a_{j+1}`: no bias, and where paths choose between modes a heavy-tailed noise of many times the signal. With a
+    finite `horizon`, `b_j = (1 - mu_j) h_j + mu_j a_{j+1}`, `mu_j = exp(-dt_j / horizon)`, where `h_j = lambda psi_j / std_j^2
+    (a_old - a_ref)(t_j, x_j)` is what the policy that made the path takes for the mean of `a_{j+1}` given `x_j`: to the adjoint what
+    `LikelihoodRatio(horizon)` is to returns. At the optimum `h_j` is that mean, so the fixed point is the same for every horizon.
+
+    Attributes:
+        horizon: decay time, control time; `inf` is the published method.
     """
-    step, dt = objective.sampler.transitions(), jnp.diff(rollout.t)
-    process, control = objective.sampler.process, objective.sampler.control
 
-    def backward(adjoint, row):
-        t, x, phi, psi, h = row
-        _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, None), x)
-        cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
-        return vjp(adjoint)[0] - cost, adjoint
+    horizon: float = float("inf")
 
-    end = jax.grad(lambda x: jnp.sum(objective.reward.fn(x)))(rollout.x[-1])
-    return jax.lax.scan(backward, end, (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt), reverse=True)[1]
+    def __call__(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
+        step, dt = objective.sampler.transitions(), jnp.diff(rollout.t)
+        process, control = objective.sampler.process, objective.sampler.control
+        expected = (rollout.a_old - rollout.a_ref) / expand(pull_to_action(objective), rollout.a_old)
+
+        def backward(adjoint, row):
+            t, x, phi, psi, h, mean, keep = row
+            _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, None), x)
+            cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
+            return vjp(mean + keep * (adjoint - mean))[0] - cost, adjoint
+
+        end = jax.grad(lambda x: jnp.sum(objective.reward.fn(x)))(rollout.x[-1])
+        rows = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
+        return jax.lax.scan(backward, end, rows, reverse=True)[1]
+
+
+def pull_to_action(objective: Objective) -> Float[Array, " n"]:
+    """`std_j^2 / (lambda psi_j)`: what a gradient of the value at the end of a step moves its action by."""
+    step = objective.sampler.transitions()
+    return step.std**2 / (objective.kl_weight * step.psi)
 
 
 def value_gradient(objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
@@ -56,17 +77,21 @@ class Matching(AbstractEstimator):
     """Regress the action on `a_ref + w std^2 / (lambda psi) g` (see the module's docstring).
 
     Args:
-        gradient: `g`, `(objective, critic, models, rollout) -> [n, b, *x]`: `lean_adjoint` or `value_gradient`.
+        gradient: `g`, `(objective, critic, models, rollout) -> [n, b, *x]`: `LeanAdjoint()` or `value_gradient`.
         credit: weights `w` `[n]`.
     """
 
-    gradient: Gradient = eqx.field(static=True, default=lean_adjoint)
+    gradient: Gradient = eqx.field(static=True, default=LeanAdjoint())
     credit: Credit = eqx.field(static=True, default=undiscounted)
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
 
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "matching")
-        if self.gradient is lean_adjoint or critic.value.uses_reward:
+        if isinstance(self.gradient, LeanAdjoint) and not self.gradient.horizon > 0:
+            raise ValueError(
+                f"horizon={self.gradient.horizon} must be positive: it is a time; use inf for the adjoint as published."
+            )
+        if isinstance(self.gradient, LeanAdjoint) or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
         if not bool(jnp.all(objective.sampler.transitions().std > 0)):
             raise ValueError(
@@ -76,12 +101,11 @@ class Matching(AbstractEstimator):
     def signal_calls(self, critic: Critic) -> Calls:
         """The reference's derivative: along the path, or inside the value."""
         inside = critic.value.uses_reward
-        return Calls(gradient=1 if self.gradient is lean_adjoint or inside else 0, reward=int(inside))
+        return Calls(gradient=int(isinstance(self.gradient, LeanAdjoint) or inside), reward=int(inside))
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Target actions."""
-        step = objective.sampler.transitions()
-        factor = self.credit(objective) * step.std**2 / (objective.kl_weight * step.psi)
+        factor = self.credit(objective) * pull_to_action(objective)
         g = self.gradient(objective, critic, models, rollout)
         return rollout.a_ref + expand(factor, g) * g
 
@@ -116,9 +140,9 @@ class GradientBalance(AbstractEstimator):
         return Calls(gradient=3 + 2 * int(critic.value.uses_reward), reward=2)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        step, t_next = objective.sampler.transitions(), objective.sampler.ts[rows.j + 1]
+        t_next = objective.sampler.ts[rows.j + 1]
         g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x)))(rows.x_next)
-        target = rows.a_ref + expand(step.std[rows.j] ** 2 / (objective.kl_weight * step.psi[rows.j]), g) * g
+        target = rows.a_ref + expand(pull_to_action(objective)[rows.j], g) * g
         return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
 
     def value_error(
