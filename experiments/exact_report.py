@@ -106,24 +106,24 @@ def _gaps(results: Sequence[Result]) -> Any:
 
 
 def _frontier(results: Sequence[Result]) -> Any:
-    """Reward against path KL at the end of training (first seed), and the best that any policy can do."""
-    figure, panel = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    weights = np.geomspace(0.08, 20, 60)
-    ring = [exact.ring_linear(float(w)) for w in weights]
+    """Reward against path KL at the end of training (first seed), and the best that any policy can do: near the optimum, and all."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    ring = [exact.ring_linear(float(weight)) for weight in np.geomspace(5e-3, 20, 80)]
     best = np.asarray([[float(p.tilted_kl), float(p.tilted_reward)] for p in ring])
-    panel.plot(best[:, 0], best[:, 1], color="black", linewidth=1.6, label="best possible")
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
-    for i, algorithm in enumerate(a for a in ENTRIES if a != "exact_critic"):
-        found = [r for r in results if r["algorithm"] == algorithm]
-        for k, result in enumerate(found[:1]):
-            free = not ENTRIES[algorithm].priced
-            panel.plot(
-                result["path_kl"], result["reward"], "^" if free else "o", color=colours[i % 20], markersize=7,
-                label=(f"{algorithm} (no price)" if free else algorithm) if k == 0 else None,
-            )  # fmt: skip
-    panel.set_xscale("symlog", linthresh=1)
-    panel.set_xlabel("path KL to the reference (nats)", fontsize=9)
-    panel.set_ylabel("mean reward", fontsize=9)
-    panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels:
+        panel.plot(best[:, 0], best[:, 1], color="black", linewidth=1.2, label="best possible")
+        for i, algorithm in enumerate(a for a in ENTRIES if a != "exact_critic"):
+            for result in [r for r in results if r["algorithm"] == algorithm][:1]:
+                free = not ENTRIES[algorithm].priced
+                panel.plot(
+                    result["path_kl"], result["reward"], "^" if free else "o", color=colours[i % 20], markersize=7,
+                    label=f"{algorithm} (no price)" if free else algorithm,
+                )  # fmt: skip
+        panel.set_xlabel("path KL to the reference (nats)", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set(xlim=(-0.05, 1.4), ylim=(-0.1, 2.8))
+    panels[0].set_ylabel("mean reward", fontsize=9)
+    panels[1].set_xscale("symlog", linthresh=1)
+    panels[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
