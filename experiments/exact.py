@@ -36,7 +36,7 @@ class Config:
     out: Path = Path("runs/exact")
     """Folder for results, table and figures."""
     quick: bool = False
-    """Four algorithms on the ring, with a fifth of the iterations."""
+    """Four algorithms on the ring, with an eighth of the iterations."""
     full: bool = False
     """Every algorithm on every problem that it applies to, three seeds."""
     algorithms: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ def _budget(config: Config, algorithm: str) -> Budget:
     budget = BUDGETS.get(algorithm, DEFAULT)
     if config.iterations is not None:
         return budget._replace(iterations=config.iterations)
-    return budget._replace(iterations=max(1, budget.iterations // 5)) if config.quick else budget
+    return budget._replace(iterations=max(1, budget.iterations // 8)) if config.quick else budget
 
 
 def run(config: Config) -> dict[str, Any]:
