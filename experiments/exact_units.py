@@ -66,17 +66,13 @@ def why_not(algorithm: str, problem: str) -> str | None:
 
 
 class Budget(NamedTuple):
-    """How a unit trains: iterations, paths an iteration, passes, updates a pass, Adam's peak learning rate (cosine decay to 2 %).
-
-    `times`: how many times of every path are trained on; all if `None`.
-    """
+    """How a unit trains: iterations, paths an iteration, passes, updates a pass, Adam's peak learning rate (cosine decay to 2 %)."""
 
     iterations: int = 60
     batch: int = 512
     epochs: int = 1
     minibatches: int = 32
     learning_rate: float = 3e-3
-    times: int | None = None
 
 
 LIKELIHOOD_RATIO = Budget(epochs=2, minibatches=16, learning_rate=2e-3)
@@ -250,8 +246,7 @@ def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
     updates = budget.iterations * budget.epochs * budget.minibatches
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
-    times = None if budget.times is None else cd.TimeSampling(budget.times)
-    training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times)
+    training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate))
     kl_weight = place.problem.kl_weight if choice.priced else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)

@@ -6,7 +6,6 @@ r"""Gradients by regression: the action is matched to the maximiser of the Hamil
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,7 +23,7 @@ from .pathwise import Credit, undiscounted
 Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]]
 
 
-class LeanAdjoint(NamedTuple):
+class LeanAdjoint(eqx.Module):
     r"""`g_j = a_{j+1}`, with `a_n = grad r(x_n)` and `a_j = D_x(x + reference step)^T b_j - grad f(t_j, x_j) dt_j`.
 
     The adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"), with the
@@ -35,11 +34,15 @@ class LeanAdjoint(NamedTuple):
     (a_old - a_ref)(t_j, x_j)` is what the policy that made the path takes for the mean of `a_{j+1}` given `x_j`: to the adjoint what
     `LikelihoodRatio(horizon)` is to returns. At the optimum `h_j` is that mean, so the fixed point is the same for every horizon.
 
-    Attributes:
+    Args:
         horizon: decay time, control time; `inf` is the published method.
     """
 
-    horizon: float = float("inf")
+    horizon: float = eqx.field(static=True, default=float("inf"))
+
+    def __check_init__(self):
+        if not self.horizon > 0:
+            raise ValueError(f"horizon={self.horizon} must be positive: it is a time; use inf for the adjoint as published.")
 
     def __call__(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
         step, dt = objective.sampler.transitions(), jnp.diff(rollout.t)
@@ -87,10 +90,6 @@ class Matching(AbstractEstimator):
 
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "matching")
-        if isinstance(self.gradient, LeanAdjoint) and not self.gradient.horizon > 0:
-            raise ValueError(
-                f"horizon={self.gradient.horizon} must be positive: it is a time; use inf for the adjoint as published."
-            )
         if isinstance(self.gradient, LeanAdjoint) or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
         if not bool(jnp.all(objective.sampler.transitions().std > 0)):
