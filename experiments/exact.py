@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .commandline import execute, require_at_least, require_known
 from .exact_report import write_report
-from .exact_units import BUDGETS, DEFAULT, ENTRIES, PROBLEMS, Budget, solve, why_not
+from .exact_units import ENTRIES, PROBLEMS, Budget, budget_for, solve, why_not
 from .rundir import Results, RunDirectory
 
 QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
@@ -63,7 +63,7 @@ class Unit(NamedTuple):
 
 
 def units(config: Config) -> list[Unit]:
-    """The units of a configuration, the ring first."""
+    """The units of a configuration, in the order of the table: the ring first."""
     require_known("algorithms", config.algorithms, ENTRIES)
     require_known("problems", config.problems, PROBLEMS)
     if config.quick and config.full:
@@ -71,7 +71,7 @@ def units(config: Config) -> list[Unit]:
     require_at_least(1, seeds=config.seeds, workers=config.workers, iterations=config.iterations)
     seeds = (3 if config.full else 1) if config.seeds is None else config.seeds
     chosen = [
-        Unit(algorithm, problem, seed, _budget(config, algorithm))
+        Unit(algorithm, problem, seed, _budget(config, algorithm, problem))
         for problem in (config.problems or PROBLEMS)
         for algorithm in (config.algorithms or ENTRIES)
         for seed in range(seeds)
@@ -88,8 +88,8 @@ def _selected(config: Config, algorithm: str, problem: str) -> bool:
     return problem == "ring_linear" or algorithm in EVERYWHERE or bool(config.algorithms)
 
 
-def _budget(config: Config, algorithm: str) -> Budget:
-    budget = BUDGETS.get(algorithm, DEFAULT)
+def _budget(config: Config, algorithm: str, problem: str) -> Budget:
+    budget = budget_for(algorithm, problem)
     if config.iterations is not None:
         return budget._replace(iterations=config.iterations)
     return budget._replace(iterations=max(1, budget.iterations // 8)) if config.quick else budget
@@ -129,7 +129,7 @@ def _solved(todo: list[Unit], workers: int, results: Results) -> Iterator[tuple[
         workers, mp_context=context, max_tasks_per_child=24, initializer=_end_with_parent
     )
     with pool:
-        pending = [pool.submit(_solve_all, group, results) for group in groups]
+        pending = [pool.submit(_solve_all, group, results) for group in reversed(groups)]  # the longest are last of the list
         try:
             for future in concurrent.futures.as_completed(pending):
                 yield from future.result()
