@@ -18,6 +18,7 @@ from ctrl_diffusion.exact import AbstractControlProblem
 from ctrl_diffusion.networks import TimeEmbedding
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.predictions import V, expand
+from ctrl_diffusion.solvers import power
 
 from .distances import Target, energy_distance, make_target
 from .presets import ALGORITHMS, Choice, Settings
@@ -80,7 +81,7 @@ class Budget(NamedTuple):
 
 
 LIKELIHOOD_RATIO = Budget(epochs=2, minibatches=16, learning_rate=2e-3)
-TRAJECTORY = Budget(300, batch=256, learning_rate=5e-3)
+TRAJECTORY = Budget(200, batch=256, learning_rate=5e-3)
 MATCHING = Budget(300, batch=256, minibatches=64, learning_rate=2e-3)
 NO_PRICE = Budget(10, minibatches=8, learning_rate=2e-3)
 BUDGETS: dict[str, Budget] = {
@@ -165,8 +166,7 @@ def lab(problem_name: str, width: int = 32) -> Lab:
     process, steps, shape = problem.process, len(problem.grid()) - 1, problem.shape
     if isinstance(process, cd.DiffusionProcess):
         process, steps = cd.DiffusionProcess(process.schedule, process.eta, V), 100
-    grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, steps + 1) ** 1.5
-    grid[0] = process.t0
+    grid = power(process.t0, process.t1, steps, 1.5)
 
     def networks(seed):
         rngs = nnx.Rngs(seed)

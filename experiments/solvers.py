@@ -28,6 +28,7 @@ from ctrl_diffusion.solvers import brownian_tree, integrate, integrate_adaptive
 
 from . import solver_cost
 from .commandline import execute
+from .figures import png
 from .files import write_atomic
 from .solver_cases import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from .solver_problems import (
@@ -204,10 +205,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set(title=kind, xlabel="network evaluations", ylabel=labels.get(kind, "RMS error (Gaussian data)"))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    partial = path.with_suffix(".partial.png")
-    fig.savefig(partial, dpi=120)
+    write_atomic(path, png(fig, 120))
     plt.close(fig)
-    partial.replace(path)
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from ctrl_diffusion.exact import MixtureControl
 from ctrl_diffusion.exact.mixture import Components
 from ctrl_diffusion.objective import Rollout
 from ctrl_diffusion.predictions import expand
+from ctrl_diffusion.solvers import power
 
 from . import data as datasets
 from .classifier import train_classifier
@@ -107,8 +108,7 @@ def ring_case(name: str) -> Callable[[RunDirectory, Size], Case]:
         problem = EXACT[name]()
         assert isinstance(problem, MixtureControl)
         process = problem.process
-        grid = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, RING_STEPS + 1) ** 2
-        grid[0] = process.t0
+        grid = power(process.t0, process.t1, RING_STEPS, 2.0)
         sampler = cd.Sampler(process, problem.reference_action, problem.shape, grid=grid)
         objective = cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight)
         return Case(objective, 64, 64, *(ring(objective, problem, size, optimal) for optimal in (False, True)))

@@ -22,6 +22,7 @@ from .grid import (
     karras as karras,
     leading as leading,
     linspaced as linspaced,
+    power as power,
     refine as refine,
     trailing as trailing,
     uniform as uniform,

@@ -46,6 +46,15 @@ def cosine(t0: float, t1: float, steps: int) -> np.ndarray:
     return check_grid(t0 + (t1 - t0) * np.sin(0.5 * np.pi * uniform(0.0, 1.0, steps)))
 
 
+def power(t0: float, t1: float, steps: int, exponent: float) -> np.ndarray:
+    """`t1 - (t1 - t0) (1 - i / steps)^exponent`: above 1, steps shrink towards the data end; 1 is uniform."""
+    if not exponent > 0:
+        raise ValueError(f"exponent={exponent} must be positive.")
+    times = t1 - (t1 - t0) * (1 - uniform(0.0, 1.0, steps)) ** exponent
+    times[0] = t0  # not up to rounding
+    return check_grid(times)
+
+
 def clock_uniform(clock: Clock, t0: float, t1: float, steps: int) -> np.ndarray:
     """`steps` equal steps of an increasing `clock(t)`: with the log-SNR, the grid of exponential integrators."""
     start, end = _ends(clock, t0, t1, "clock_uniform")

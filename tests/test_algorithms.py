@@ -20,6 +20,7 @@ from ctrl_diffusion.estimators import (
     value_gradient,
 )
 from ctrl_diffusion.objective import Rollout, Rows, chi_squared, squared_hellinger
+from ctrl_diffusion.solvers import power
 from ctrl_diffusion.states import positive_reward
 from ctrl_diffusion.trust import fisher_product, moved_kl
 from ctrl_diffusion.values import NoValue
@@ -38,10 +39,7 @@ def control(params, t, x, cond=None):
 
 
 def grid(steps):
-    left = (PROCESS.t1 - PROCESS.t0) * np.linspace(1, 0, steps + 1) ** 2
-    ts = PROCESS.t1 - left
-    ts[0] = PROCESS.t0
-    return ts
+    return power(PROCESS.t0, PROCESS.t1, steps, 2.0)
 
 
 def objective(steps=100, **settings):
@@ -279,12 +277,11 @@ def test_a_strangers_algorithm():
     problem = exact.MixtureControl(process, exact.ring(), exact.LinearReward((1.0, 0.0)), kl_weight=1.0)
     net, params = cd.value_network(cd.ResidualMLP((2,), (2,), width=32, depth=2, rngs=nnx.Rngs(0)))
     V, value_params = cd.value_network(cd.ResidualMLP((2,), (), width=32, depth=2, rngs=nnx.Rngs(1)))
-    times = process.t1 - (process.t1 - process.t0) * np.linspace(1, 0, 101) ** 1.5
 
     def policy(params, t, x, cond=None):
         return problem.reference_action(None, t, x) + net(params, t, x)
 
-    sampler = cd.Sampler(process, policy, (2,), grid=np.append(process.t0, times[1:]))
+    sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 100, 1.5))
     soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), optax.adam(3e-3), log_ratio_to_go, soft_error)
     rate = optax.cosine_decay_schedule(4e-3, 60 * 16, 0.05)
     mine = cd.compose(

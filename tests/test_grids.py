@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ctrl_diffusion.schedules import RectifiedFlow, VarianceExploding, VPCosine, VPLinear, VPTable
-from ctrl_diffusion.solvers import clock_uniform, cosine, from_timesteps, karras, leading, linspaced, trailing, uniform
+from ctrl_diffusion.solvers import clock_uniform, cosine, from_timesteps, karras, leading, linspaced, power, trailing, uniform
 
 SCHEDULES = [VPLinear(), VPCosine(), VPTable(), VarianceExploding(), RectifiedFlow()]
 
@@ -34,6 +34,15 @@ def test_karras_is_the_published_sequence():
     np.testing.assert_allclose(schedule.horizon - ts, published, rtol=2e-3)
     wide = karras(clock_of(schedule), *ends_of(schedule), 17, rho=1.0)
     np.testing.assert_allclose(np.diff(wide), np.mean(np.diff(wide)), rtol=1e-3)
+
+
+def test_power_steps_are_equal_in_a_root_of_what_is_left():
+    ts = power(0.2, 0.9, 10, 1.5)
+    assert ts[0] == 0.2 and ts[-1] == 0.9 and len(ts) == 11
+    np.testing.assert_allclose(np.diff((0.9 - ts) ** (1 / 1.5)), -(0.7 ** (1 / 1.5)) / 10, rtol=1e-12)
+    np.testing.assert_allclose(power(0.2, 0.9, 10, 1.0), uniform(0.2, 0.9, 10), rtol=1e-15)
+    with pytest.raises(ValueError, match="exponent=0.0 must be positive"):
+        power(0.2, 0.9, 10, 0.0)
 
 
 def test_cosine_steps_shrink_towards_the_data():

@@ -20,6 +20,7 @@ from ctrl_diffusion.objective import (
     value_increments,
 )
 from ctrl_diffusion.rewards import RewardError
+from ctrl_diffusion.solvers import power
 from ctrl_diffusion.values import identity, one_minus
 
 SCHEDULE = cd.VPLinear(beta_min=4.0, beta_max=4.0, horizon=2.0, tau_min=0.02, tau_max=2.0)
@@ -33,8 +34,7 @@ def problem(eta=1.0):
 
 def grid(process, steps):
     """Steps that shrink towards the data, where the optimal action varies fast."""
-    left = (process.t1 - process.t0) * np.linspace(1, 0, steps + 1) ** 2
-    return process.t1 - left
+    return power(process.t0, process.t1, steps, 2.0)
 
 
 def hats(t):
