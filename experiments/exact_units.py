@@ -97,7 +97,10 @@ BUDGETS: dict[str, Budget] = {
     **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PRICE),
 }
 DEFAULT = Budget()
+LINEAR = ("gaussian_quadratic", "quadratic_ou_easy", "quadratic_ou_hard", "linear_ou")
+"""Problems whose optimal control is linear in the state."""
 FOR_THIS_PROBLEM: dict[tuple[str, str], Budget] = {
+    **{("adjoint_matching", name): MATCHING._replace(iterations=150) for name in LINEAR},
     ("adjoint_matching", "double_well"): MATCHING._replace(batch=512, learning_rate=1e-3, times=100),
     ("log_variance", "double_well"): TRAJECTORY._replace(iterations=400),
 }
