@@ -26,6 +26,8 @@ class Case(NamedTuple):
         draws: standard normals per step and state entry.
         frozen, eta: of the process.
         perturbed: whether the order is promised from any law at the start, or from the marginals of the process alone.
+        memory: past controls that a step mixes with the new one.
+        corrects: whether a step first corrects the state that it starts from.
     """
 
     name: str
@@ -37,13 +39,25 @@ class Case(NamedTuple):
     frozen: Prediction = X0
     eta: float = 0.0
     perturbed: bool = True
+    memory: int = 0
+    corrects: bool = False
 
 
-def _case(kind, solver, stages, draws=0, frozen=X0, name="", order=None) -> Case:
+def _case(kind, solver, stages, draws=0, frozen=X0, name="", order=None, memory=0) -> Case:
     if order is None:
         order = solver.weak_order if kind == SDE else solver.order(None)
+    name, corrects = name or type(solver).__name__, isinstance(solver, cds.UniPC)
     return Case(
-        name or type(solver).__name__, kind, lambda path, steps: solver, order, stages, draws, frozen, float(kind == SDE)
+        name,
+        kind,
+        lambda path, steps: solver,
+        order,
+        stages,
+        draws,
+        frozen,
+        float(kind == SDE),
+        memory=memory,
+        corrects=corrects,
     )
 
 
@@ -58,13 +72,13 @@ def _chord(cls) -> dfx.AbstractSolver:
 OWN_SDE = [
     _case(SDE, cds.ExponentialEuler(), 1, 1),
     _case(SDE, cds.DDIM(), 1, 1),
-    _case(SDE, cds.DPMSolverPP2M(), 1, 1),
-    _case(SDE, cds.DPMSolverPP3M(), 1, 1),
-    _case(SDE, cds.ExponentialAdamsBashforth(2), 1, 1, name="ExponentialAdamsBashforth(2)"),
-    _case(SDE, cds.ExponentialAdamsBashforth(4), 1, 1, name="ExponentialAdamsBashforth(4)"),
-    _case(SDE, cds.ERSDE(3), 1, 1, name="ERSDE(3)"),
-    _case(SDE, cds.UniPC(2), 1, 1, name="UniPC(2)"),
-    _case(SDE, cds.UniPC(3), 1, 1, name="UniPC(3)"),
+    _case(SDE, cds.DPMSolverPP2M(), 1, 1, memory=1),
+    _case(SDE, cds.DPMSolverPP3M(), 1, 1, memory=2),
+    _case(SDE, cds.ExponentialAdamsBashforth(2), 1, 1, name="ExponentialAdamsBashforth(2)", memory=1),
+    _case(SDE, cds.ExponentialAdamsBashforth(4), 1, 1, name="ExponentialAdamsBashforth(4)", memory=3),
+    _case(SDE, cds.ERSDE(3), 1, 1, name="ERSDE(3)", memory=2),
+    _case(SDE, cds.UniPC(2), 1, 1, name="UniPC(2)", memory=2),
+    _case(SDE, cds.UniPC(3), 1, 1, name="UniPC(3)", memory=3),
     _case(SDE, cds.DPMSolver2S(), 2, 2),
     _case(SDE, cds.ExponentialHeun(), 2, 1),
     _case(SDE, cds.ExponentialSRA(), 2, 2),
@@ -84,14 +98,14 @@ DIFFRAX_SDE = [
 OWN_ODE = [
     _case(ODE, cds.ExponentialEuler(), 1),
     _case(ODE, cds.DDIM(), 1),
-    _case(ODE, cds.DPMSolverPP2M(), 1),
-    _case(ODE, cds.DPMSolverPP3M(), 1),
-    _case(ODE, cds.DPMSolverPP3M(curvature=0.5), 1, name="DPMSolverPP3M(curvature=0.5)"),
-    _case(ODE, cds.ExponentialAdamsBashforth(3), 1, frozen=EPSILON, name="ExponentialAdamsBashforth(3)"),
-    _case(ODE, cds.ExponentialAdamsBashforth(4), 1, name="ExponentialAdamsBashforth(4)"),
-    _case(ODE, cds.ERSDE(3), 1, name="ERSDE(3)"),
-    _case(ODE, cds.UniPC(2), 1, name="UniPC(2)"),
-    _case(ODE, cds.UniPC(3), 1, name="UniPC(3)"),
+    _case(ODE, cds.DPMSolverPP2M(), 1, memory=1),
+    _case(ODE, cds.DPMSolverPP3M(), 1, memory=2),
+    _case(ODE, cds.DPMSolverPP3M(curvature=0.5), 1, name="DPMSolverPP3M(curvature=0.5)", memory=2),
+    _case(ODE, cds.ExponentialAdamsBashforth(3), 1, frozen=EPSILON, name="ExponentialAdamsBashforth(3)", memory=2),
+    _case(ODE, cds.ExponentialAdamsBashforth(4), 1, name="ExponentialAdamsBashforth(4)", memory=3),
+    _case(ODE, cds.ERSDE(3), 1, name="ERSDE(3)", memory=2),
+    _case(ODE, cds.UniPC(2), 1, name="UniPC(2)", memory=2),
+    _case(ODE, cds.UniPC(3), 1, name="UniPC(3)", memory=3),
     _case(ODE, cds.DPMSolver2S(), 2),
     _case(ODE, cds.ExponentialHeun(), 2, frozen=EPSILON),
     _case(ODE, cds.EDMHeun(), 2, frozen=EPSILON),

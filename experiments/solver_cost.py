@@ -3,11 +3,11 @@
     python -m experiments.solver_cost --out runs/solver_cost
 
 Every solver is measured with the network of `experiments.digits` and with a trivial one, forward and (network only) for
-gradients against scan + remat. The scan's arithmetic is that of an ancestral or Heun step. A step may have more of its own (the
-memory of a multistep method, the tableau and the stage loop of a Runge-Kutta method). So a ratio that exceeds its target is followed
-by the ratio to a scan over the solver's own step, in brackets: what the library's loop adds, whatever the step does. The two sides
-of a pair run in turn; a ratio is the median over pairs. `--out` gets `metrics.json` and `table.md`, and a repeated run takes up where
-the last one stopped.
+gradients against scan + remat. The scan's step has the stages, the memory of past controls, the correction and the noise of the
+method, as anybody would write them with coefficients computed beforehand. A ratio that exceeds its target is followed by the ratio
+to a scan over the solver's own step, in brackets: what the library's loop adds, whatever the step does. The two sides of a pair run
+in turn; a ratio is the median over pairs. `--out` gets `metrics.json` and `table.md`, and a repeated run takes up where the last one
+stopped.
 """
 
 import dataclasses
@@ -136,18 +136,32 @@ def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, call
     return run
 
 
-def hand_written(problem: Problem, steps: int, stages: int, draws: int, extra: int = 0, remat: bool = False) -> Callable:
+def hand_written(
+    problem: Problem,
+    steps: int,
+    stages: int,
+    draws: int,
+    extra: int = 0,
+    memory: int = 0,
+    corrects: bool = False,
+    remat: bool = False,
+) -> Callable:
     """One scan with precomputed coefficients: `steps` steps of `stages` network calls and `draws` noise draws each.
 
-    Each stage denoises the state of the last one and mixes the result with the state at the start of the step and the noise: the
-    arithmetic of an ancestral or Heun step. `extra` calls come before the first step.
+    A stage denoises the state of the last one, and mixes the state at the start of the step, the controls of the stages, those of
+    the last `memory` steps and the noise. With `corrects` the state at the start is first mixed anew from the last step's. The
+    weights are those of some such method (they do not change the cost). `extra` calls come before the first step.
     """
     ts = jnp.asarray(np.linspace(1 - SCHEDULE.tau_max, 1 - SCHEDULE.tau_min, steps + 1), jnp.float32)
     alpha, sigma = SCHEDULE.alpha(SCHEDULE.horizon - ts), SCHEDULE.sigma(SCHEDULE.horizon - ts)
     a0, s0, a1, s1 = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
     keep = (s1 / s0) ** 2 * a0 / a1
-    std = s1 * jnp.sqrt(1 - (s1 * a0 / (s0 * a1)) ** 2) / max(draws, 1) ** 0.5
-    rows = (jnp.arange(steps), ts[:-1], ts[1:], a0, s0, keep, a1 - keep * a0, std)
+    std = s1 * jnp.sqrt(1 - (s1 * a0 / (s0 * a1)) ** 2)
+    weights = jnp.linspace(1.0, 2.0, stages + memory)
+    gain = (a1 - keep * a0)[:, None] * weights / jnp.sum(weights)
+    times = ts[:-1, None] + jnp.diff(ts)[:, None] * jnp.linspace(0.0, 1.0, stages)  # of the stages
+    tau = SCHEDULE.horizon - times
+    rows = (jnp.arange(steps), times, SCHEDULE.alpha(tau), SCHEDULE.sigma(tau), keep, gain, std)
 
     def run(params, keys):
         keys = jax.vmap(jax.random.split)(keys)
@@ -155,16 +169,27 @@ def hand_written(problem: Problem, steps: int, stages: int, draws: int, extra: i
         for _ in range(extra):
             x = x + 1e-3 * problem.predict(params, x, ts[0])
 
-        def step(x, row):
-            i, t0, t1, a, s, keep, gain, std = row
+        def step(carry, row):
+            (x, base, past), (i, t, a, s, keep, gain, std) = carry, row
             noise = [standard_normal(keys[:, 1], 2 * i + j, problem.shape, x.dtype) for j in range(draws)]
-            y = x
+            y, controls = x, []
             for stage in range(stages):
-                t = t0 if stage == 0 else t1
-                y = keep * x + gain * (a * y - s * problem.predict(params, y, t)) + (std * sum(noise) if draws else 0)
-            return y, None
+                controls.append(a[stage] * y - s[stage] * problem.predict(params, y, t[stage]))
+                if corrects:
+                    x = jnp.where(i > 0, mix(base, gain, [*controls, *past]), x)
+                base = keep * x
+                for j, normal in enumerate(noise):  # of two draws every stage has a combination of its own
+                    base = base + (std if draws == 1 else std / (1 + j + stage)) * normal
+                y = mix(base, gain, [*controls, *past[: memory - corrects]])
+            return (y, base if corrects else (), (*controls[:1], *past)[:memory]), None
 
-        return jax.lax.scan(jax.checkpoint(step) if remat else step, x, rows)[0]
+        start = (x, jnp.zeros_like(x) if corrects else (), (jnp.zeros_like(x),) * memory)
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, start, rows)[0][0]
+
+    def mix(y, weights, values):
+        for weight, value in zip(weights, values):
+            y = y + weight * value
+        return y
 
     return run
 
@@ -215,7 +240,8 @@ def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False
     ours = solve(case, problem, steps, gradient)
     # the tree's noise is not keyed: one draw per sample and call stands for it
     draws = min(case.draws, 1) if case.kind == ADAPTIVE else case.draws
-    first, second = _compiled(ours, gradient), _compiled_scan(problem, scan_steps, stages, draws, extra, gradient)
+    shape = (scan_steps, stages, draws, extra, case.memory, case.corrects)
+    first, second = _compiled(ours, gradient), _compiled_scan(problem, shape, gradient)
     return lambda: first(problem.params, keys), lambda: second(problem.params, keys)
 
 
@@ -224,9 +250,9 @@ def _compiled(run: Callable, gradient: bool) -> Callable:
 
 
 @functools.cache
-def _compiled_scan(problem: Problem, steps: int, stages: int, draws: int, extra: int, gradient: bool) -> Callable:
-    """Solvers of equal counts share one program."""
-    return _compiled(hand_written(problem, steps, stages, draws, extra, gradient), gradient)
+def _compiled_scan(problem: Problem, shape: tuple[int, int, int, int, int, bool], gradient: bool) -> Callable:
+    """Solvers of the same shape share one program."""
+    return _compiled(hand_written(problem, *shape, remat=gradient), gradient)
 
 
 def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
@@ -254,7 +280,8 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
     """Bytes of temporary memory of the two compiled gradients, by the compiler's own account."""
     keys = sample_keys(jax.random.key(0), problem.batch)
     steps = max(evaluations // case.stages, 1)
-    runs = solve(case, problem, steps, True), hand_written(problem, steps, case.stages, case.draws, 0, True)
+    scan = hand_written(problem, steps, case.stages, case.draws, 0, case.memory, case.corrects, remat=True)
+    runs = solve(case, problem, steps, True), scan
     found = []
     for run in runs:
         compiled = jax.jit(jax.grad(lambda p, k, run=run: jnp.sum(run(p, k) ** 2))).lower(problem.params, keys).compile()

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from .fit import terms_for
 from .grid import GridSteps, check_grid
 from .term import AbstractSemilinearTerm, State
+from .unrolled import unrolled
 
 
 def integrate(
@@ -52,7 +53,7 @@ def solve(
     """
     solution = dfx.diffeqsolve(
         terms_for(solver, term),
-        solver,
+        solver if term.path is None else unrolled(solver),
         ts[0],
         ts[-1],
         None,

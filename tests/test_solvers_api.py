@@ -37,6 +37,7 @@ from ctrl_diffusion.solvers import (
     sample_keys,
     terms_for,
 )
+from ctrl_diffusion.solvers.unrolled import Unrolled, unrolled
 from experiments.solver_problems import (
     NO_ARGS,
     endpoint,
@@ -241,6 +242,23 @@ def test_diffrax_sde_solvers_run_on_the_same_term(solver):
     got = endpoint(process(1.0).term(gaussian_score, path), solver)(x, ts, 100)
     assert np.mean(got) == pytest.approx(float(mean1), abs=4 * float(jnp.sqrt(variance1 / 2000)) + 0.01)
     assert np.var(got) == pytest.approx(float(variance1), rel=0.2)
+
+
+@pytest.mark.parametrize("solver", SDE[2:], ids=label)
+def test_unrolled_stages_are_those_of_diffrax(solver, float64):
+    """`integrate` writes the stages of explicit methods out; diffrax's own loop over them gives the same to rounding."""
+    term, ts = noisy_term(solver), jnp.asarray(GRID, float)
+    assert isinstance(unrolled(solver), Unrolled)
+    whole = dfx.diffeqsolve(
+        terms_for(solver, term), solver, ts[0], ts[-1], None, start(), NO_ARGS, stepsize_controller=GridSteps(ts),
+        adjoint=dfx.ForwardMode(), max_steps=STEPS, throw=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(integrate(term, solver, GRID, start(), NO_ARGS), whole.ys[0], rtol=1e-12, atol=1e-12)
+
+
+def test_only_explicit_methods_are_unrolled():
+    for solver in (dfx.Euler(), dfx.EulerHeun(), ExponentialEuler(), dfx.Kvaerno3(), dfx.Tsit5()):
+        assert unrolled(solver) is solver
 
 
 def test_the_sampler_gives_a_diffrax_sde_solver_its_levy_area():

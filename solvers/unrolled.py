@@ -1,0 +1,85 @@
+"""diffrax's explicit Runge-Kutta methods with their stages written out.
+
+diffrax makes the stages of a step in a loop over a buffer, which a compiler cannot see through. For additive noise `G(t) dW` the
+noise of every stage is a combination of the step's increment `W` and Levy area `H` with coefficients of the grid alone, and the
+stages are a handful of sums.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import diffrax as dfx
+import jax.numpy as jnp
+
+
+class Unrolled(dfx.AbstractStratonovichSolver):
+    """The step of `solver`, an explicit (stochastic) Runge-Kutta method, on an `ODETerm` and a `Diffusion`; no error estimate.
+
+    The same numbers up to rounding, at the cost of the arithmetic.
+    """
+
+    solver: dfx.AbstractSolver
+
+    term_structure = dfx.MultiTerm[tuple[dfx.AbstractTerm, dfx.AbstractTerm]]
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms) -> int | None:
+        return self.solver.order(terms)
+
+    def strong_order(self, terms) -> Any:
+        return self.solver.strong_order(terms)
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        (drift, diffusion), tableau, h = terms.terms, self.solver.tableau, t1 - t0
+        increment = diffusion.contr(t0, t1, use_levy=True)
+        normals = (increment.W, getattr(increment, "H", None))
+        times = [t0, *(t1 if c == 1 else t0 + float(c) * h for c in tableau.c)]
+        rows = ((), *(tableau.a_lower if isinstance(self.solver, dfx.AbstractERK) else tableau.a))
+        ignored = getattr(tableau, "ignore_stage_f", None)
+        stages, step = noise_coefficients(tableau, lambda t: diffusion.vf(t, y0, args), times, t1)
+        slopes: list[Any] = []
+        for j, (t, noise) in enumerate(zip(times, stages)):
+            y = y0 + h * combine(rows[j], slopes) + combine(noise, normals)
+            slopes.append(None if ignored is not None and ignored[j] else drift.vf(t, y, args))
+        y1 = y0 + h * combine(tableau.b_sol, slopes) + combine(step, normals)
+        return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def combine(coefficients: Iterable, values: Iterable) -> Any:
+    """`sum_i c_i v_i`, leaving out coefficients that are zero by construction; a plain 0 for an empty sum."""
+    pairs = [(c, v) for c, v in zip(coefficients, values) if v is not None and not (isinstance(c, float) and c == 0)]
+    terms = [jnp.asarray(c, v.dtype) * v for c, v in pairs]
+    return sum(terms[1:], terms[0]) if terms else 0.0
+
+
+def noise_coefficients(tableau, g: Callable, times: list, t1) -> tuple[list[tuple], tuple]:
+    """Coefficients of the increment and of the Levy area at every stage, and at the end of the step.
+
+    An explicit method applies its tableau to `G dW`. A stochastic method for additive noise has `G(t0)` at every stage and a
+    correction for its change at the end, one for general noise `G` at the stages before.
+    """
+    if isinstance(tableau, dfx.ButcherTableau):
+        at = [g(t) for t in times]
+        return [(combine(row, at),) for row in ((), *tableau.a_lower)], (combine(tableau.b_sol, at),)
+    areas = [tableau.coeffs_w] + ([] if tableau.coeffs_hh is None else [tableau.coeffs_hh])
+    if tableau.is_additive_noise():
+        g0, g1 = g(times[0]), g(t1)
+        stages = [tuple(combine([area.a[j]], [g0]) for area in areas) for j in range(len(times))]
+        change = (0.5 * (g1 - g0), g0 - g1)
+        return stages, tuple(combine([area.b_sol], [g0]) + c for area, c in zip(areas, change))
+    at = [g(t) for t in times]
+    stages = [tuple(combine(((), *area.a)[j], at) for area in areas) for j in range(len(times))]
+    return stages, tuple(combine(area.b_sol, at) for area in areas)
+
+
+def unrolled(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
+    """`solver` as `Unrolled` where it is a method of diffrax's that this can serve; else unchanged."""
+    explicit = isinstance(solver, dfx.AbstractERK) and isinstance(solver, dfx.AbstractStratonovichSolver)
+    stochastic = isinstance(solver, dfx.AbstractSRK) and solver.tableau.coeffs_kk is None
+    return Unrolled(solver) if explicit or stochastic else solver
