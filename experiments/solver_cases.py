@@ -28,6 +28,7 @@ class Case(NamedTuple):
         perturbed: whether the order is promised from any law at the start, or from the marginals of the process alone.
         memory: past controls that a step mixes with the new one.
         corrects: whether a step first corrects the state that it starts from.
+        noise_first: whether the network sees the step's noise in its first stage.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     perturbed: bool = True
     memory: int = 0
     corrects: bool = False
+    noise_first: bool = False
 
 
 def _case(kind, solver, stages, draws=0, frozen=X0, name="", order=None, memory=0) -> Case:
@@ -82,16 +84,16 @@ OWN_SDE = [
     _case(SDE, cds.DPMSolver2S(), 2, 2),
     _case(SDE, cds.ExponentialHeun(), 2, 1),
     _case(SDE, cds.ExponentialSRA(), 2, 2),
-    Case("EDMHeun(churn)", SDE, _churn, 2, 2, 1, EPSILON, 0.0, perturbed=False),
+    Case("EDMHeun(churn)", SDE, _churn, 2, 2, 1, EPSILON, 0.0, perturbed=False, noise_first=True),
 ]
 # weak orders for additive noise, which diffrax does not declare
 DIFFRAX_SDE = [
     _case(SDE, dfx.Euler(), 1, 1, order=1, name="diffrax.Euler"),
     _case(SDE, dfx.EulerHeun(), 1, 1, order=1, name="diffrax.EulerHeun"),
     _case(SDE, dfx.Heun(), 2, 1, order=2, name="diffrax.Heun"),
-    _case(SDE, dfx.SEA(), 1, 2, order=1, name="diffrax.SEA"),
+    _case(SDE, dfx.SEA(), 1, 2, order=1, name="diffrax.SEA")._replace(noise_first=True),
     _case(SDE, dfx.SRA1(), 2, 2, order=2, name="diffrax.SRA1"),
-    _case(SDE, dfx.ShARK(), 2, 2, order=2, name="diffrax.ShARK"),
+    _case(SDE, dfx.ShARK(), 2, 2, order=2, name="diffrax.ShARK")._replace(noise_first=True),
     _case(SDE, dfx.SPaRK(), 3, 2, order=2, name="diffrax.SPaRK"),
     _case(SDE, dfx.SlowRK(), 2, 2, order=2, name="diffrax.SlowRK"),
 ]

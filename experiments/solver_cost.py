@@ -144,13 +144,15 @@ def hand_written(
     extra: int = 0,
     memory: int = 0,
     corrects: bool = False,
+    noise_first: bool = False,
     remat: bool = False,
 ) -> Callable:
     """One scan with precomputed coefficients: `steps` steps of `stages` network calls and `draws` noise draws each.
 
     A stage denoises the state of the last one, and mixes the state at the start of the step, the controls of the stages, those of
-    the last `memory` steps and the noise. With `corrects` the state at the start is first mixed anew from the last step's. The
-    weights are those of some such method (they do not change the cost). `extra` calls come before the first step.
+    the last `memory` steps and the noise. With `corrects` the state at the start is first mixed anew from the last step's; with
+    `noise_first` the first stage sees the noise, which can then not be drawn while the network is at work. The weights are those of
+    some such method (they do not change the cost). `extra` calls come before the first step.
     """
     ts = jnp.asarray(np.linspace(1 - SCHEDULE.tau_max, 1 - SCHEDULE.tau_min, steps + 1), jnp.float32)
     alpha, sigma = SCHEDULE.alpha(SCHEDULE.horizon - ts), SCHEDULE.sigma(SCHEDULE.horizon - ts)
@@ -173,6 +175,8 @@ def hand_written(
             (x, base, past), (i, t, a, s, keep, gain, std) = carry, row
             noise = [standard_normal(keys[:, 1], 2 * i + j, problem.shape, x.dtype) for j in range(draws)]
             y, controls = x, []
+            if noise_first:
+                y = y + sum(0.5 * std * normal for normal in noise)
             for stage in range(stages):
                 controls.append(a[stage] * y - s[stage] * problem.predict(params, y, t[stage]))
                 if corrects:
@@ -240,7 +244,7 @@ def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False
     ours = solve(case, problem, steps, gradient)
     # the tree's noise is not keyed: one draw per sample and call stands for it
     draws = min(case.draws, 1) if case.kind == ADAPTIVE else case.draws
-    shape = (scan_steps, stages, draws, extra, case.memory, case.corrects)
+    shape = (scan_steps, stages, draws, extra, case.memory, case.corrects, case.noise_first)
     first, second = _compiled(ours, gradient), _compiled_scan(problem, shape, gradient)
     return lambda: first(problem.params, keys), lambda: second(problem.params, keys)
 
@@ -250,7 +254,7 @@ def _compiled(run: Callable, gradient: bool) -> Callable:
 
 
 @functools.cache
-def _compiled_scan(problem: Problem, shape: tuple[int, int, int, int, int, bool], gradient: bool) -> Callable:
+def _compiled_scan(problem: Problem, shape: tuple[Any, ...], gradient: bool) -> Callable:
     """Solvers of the same shape share one program."""
     return _compiled(hand_written(problem, *shape, remat=gradient), gradient)
 
@@ -280,7 +284,7 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
     """Bytes of temporary memory of the two compiled gradients, by the compiler's own account."""
     keys = sample_keys(jax.random.key(0), problem.batch)
     steps = max(evaluations // case.stages, 1)
-    scan = hand_written(problem, steps, case.stages, case.draws, 0, case.memory, case.corrects, remat=True)
+    scan = hand_written(problem, steps, case.stages, case.draws, 0, case.memory, case.corrects, case.noise_first, remat=True)
     runs = solve(case, problem, steps, True), scan
     found = []
     for run in runs:
