@@ -11,6 +11,7 @@ The folder gets `metrics.json`, `table.md` and `solvers.png`. A repeated run tak
 nothing is left to do. `ratio_to_scan` is measured by `experiments.solver_cost`, whose own command measures it with more repeats.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -45,6 +46,7 @@ from .solver_problems import (
     weak_errors,
 )
 
+PAIR = 2  # solvers whose errors are computed at the same time
 FLOOR = 1e-11  # errors below are rounding: the reference's and the solver's
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -157,10 +159,14 @@ def measured_order(evaluations: list[int], errors: list[float]) -> float | None:
     return slope(*zip(*good)) if len(good) > 1 and good[0][0] < good[-1][0] else None
 
 
-def measure(case: Case, config: Config) -> dict[str, Any]:
-    """One entry of `metrics.json`."""
+def curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+    """Evaluations and errors."""
     with jax.enable_x64(True):
-        evaluations, errors = CURVES[case.kind](case, config)
+        return CURVES[case.kind](case, config)
+
+
+def measure(case: Case, config: Config, evaluations: list[int], errors: list[float]) -> dict[str, Any]:
+    """One entry of `metrics.json`, with the ratio, which must be timed alone."""
     if case.kind == IMPLICIT:
         problem = solver_cost.small(solver_cost.trivial_problem(config.ratio_batch))
     else:
@@ -226,9 +232,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     if not todo:
         print(f"finished: {path} holds all of it.")
     config.out.mkdir(parents=True, exist_ok=True)
-    for case in tqdm(todo, desc="solvers"):
-        rows.append(measure(case, config))
-        write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
+    with concurrent.futures.ThreadPoolExecutor(PAIR) as pool, tqdm(total=len(todo), desc="solvers") as bar:
+        for i in range(0, len(todo), PAIR):  # mostly compilation, two at a time
+            pair = todo[i : i + PAIR]
+            curves = list(pool.map(lambda case: curve(case, config), pair))
+            for case, found in zip(pair, curves):
+                rows.append(measure(case, config, *found))
+                write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
+                bar.update()
     write_atomic(config.out / "table.md", table(rows))
     figure(rows, config.out / "solvers.png")
     return rows

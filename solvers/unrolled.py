@@ -18,7 +18,7 @@ class Unrolled(dfx.AbstractStratonovichSolver):
     The same numbers up to rounding, at the cost of the arithmetic.
     """
 
-    solver: dfx.AbstractSolver
+    solver: Any  # dfx.AbstractERK or dfx.AbstractSRK
 
     term_structure = dfx.MultiTerm[tuple[dfx.AbstractTerm, dfx.AbstractTerm]]
     interpolation_cls = dfx.LocalLinearInterpolation
