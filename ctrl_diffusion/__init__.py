@@ -47,6 +47,7 @@ from .optimum import (
     optimality_gap as optimality_gap,
     reweighted_optimum as reweighted_optimum,
 )
+from .parallel import ONE_DEVICE as ONE_DEVICE, Layout as Layout, make_mesh as make_mesh
 from .predictions import EPSILON as EPSILON, SCORE as SCORE, VELOCITY as VELOCITY, X0 as X0, Prediction as Prediction, V as V
 from .pretrain import denoising_loss as denoising_loss
 from .process import (
@@ -54,7 +55,13 @@ from .process import (
     ControlFn as ControlFn,
     DiffusionProcess as DiffusionProcess,
 )
-from .rewards import Reward as Reward, black_box as black_box, differentiable as differentiable
+from .rewards import (
+    Reward as Reward,
+    black_box as black_box,
+    differentiable as differentiable,
+    pooled as pooled,
+    weighted_sum as weighted_sum,
+)
 from .sampler import (
     Sampler as Sampler,
     Trajectory as Trajectory,

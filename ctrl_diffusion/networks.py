@@ -16,9 +16,9 @@ from .process import ControlFn, DiffusionProcess
 class TimeEmbedding(nnx.Module):
     """Sines and cosines of `t` at `features / 2` frequencies, geometric from pi/2 to 64 pi, and a dense layer."""
 
-    def __init__(self, features: int, rngs: nnx.Rngs):
+    def __init__(self, features: int, rngs: nnx.Rngs, dtype: Any = None):
         self.frequencies = nnx.static(tuple(0.5 * math.pi * 128 ** (i / (features // 2 - 1)) for i in range(features // 2)))
-        self.dense = nnx.Linear(features, features, rngs=rngs)
+        self.dense = nnx.Linear(features, features, dtype=dtype, rngs=rngs)
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b f"]:
         angles = t[:, None] * jnp.asarray(self.frequencies, t.dtype)
@@ -28,11 +28,11 @@ class TimeEmbedding(nnx.Module):
 class ResidualBlock(nnx.Module):
     """`h + W2 silu(W1 norm(h) (1 + scale(t)) + shift(t))`; the last layer starts at zero."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, rngs: nnx.Rngs, dtype: Any = None):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.inner = nnx.Linear(width, width, rngs=rngs)
-        self.modulation = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.outer = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.inner = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.modulation = nnx.Linear(width, 2 * width, dtype=dtype, rngs=rngs)
+        self.outer = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, h: Float[Array, "b w"], time: Float[Array, "b w"]) -> Float[Array, "b w"]:
         scale, shift = jnp.split(self.modulation(nnx.silu(time)), 2, axis=-1)
@@ -43,28 +43,41 @@ class ResidualMLP(nnx.Module):
     """A residual network on the flattened state, `network(x [b, *x], t [b], cond) -> [b, *out]`; the output starts at zero.
 
     For small images this is the fastest network on a CPU: matrix products only. `cond` is ignored (unconditional).
+
+    `dtype` (as "bfloat16") is that of the matrix products; parameters, the residual stream, norms, sines and the output keep theirs.
     """
 
-    def __init__(self, shape: tuple[int, ...], out: tuple[int, ...], *, width: int = 256, depth: int = 3, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        out: tuple[int, ...],
+        *,
+        width: int = 256,
+        depth: int = 3,
+        dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
         self.shape, self.out = nnx.static(tuple(shape)), nnx.static(tuple(out))
         self.width, self.depth = width, depth
-        self.embed = TimeEmbedding(width, rngs)
-        self.enter = nnx.Linear(math.prod(shape), width, rngs=rngs)
-        self.blocks = nnx.List([ResidualBlock(width, rngs) for _ in range(depth)])
+        self.embed = TimeEmbedding(width, rngs, dtype)
+        self.enter = nnx.Linear(math.prod(shape), width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([ResidualBlock(width, rngs, dtype) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.leave = nnx.Linear(width, math.prod(out), kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.leave = nnx.Linear(width, math.prod(out), kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What rebuilds this architecture (written by `ctrl_diffusion.save`)."""
-        return {"shape": self.shape, "out": self.out, "width": self.width, "depth": self.depth}
+        found = {"shape": self.shape, "out": self.out, "width": self.width, "depth": self.depth}
+        return found | ({} if self.dtype is None else {"dtype": self.dtype})
 
     def __call__(self, x: Float[Array, "b *x"], t: Float[Array, " b"], cond: Any = None) -> Float[Array, "b *out"]:
         time = self.embed(t)
-        h = self.enter(x.reshape(x.shape[0], -1))
+        h = self.enter(x.reshape(x.shape[0], -1)).astype(x.dtype)
         for block in self.blocks:
             h = block(h, time)
-        return self.leave(nnx.silu(self.norm(h))).reshape((x.shape[0],) + self.out)
+        return self.leave(nnx.silu(self.norm(h))).astype(x.dtype).reshape((x.shape[0],) + self.out)
 
 
 def _batched(t, x):

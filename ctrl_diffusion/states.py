@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from .objective import Rollout
+from .parallel import Layout
 from .process import Params
 
 Priority = Callable[[Float[Array, " n"]], Float[Array, " n"]]
@@ -103,6 +104,17 @@ class Replay(AbstractStates):
         chosen = jax.random.choice(key, self.capacity, (batch,), p=weights / jnp.sum(weights))
         drawn = _over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), stored)._replace(t=rollout.t)
         return (stored, count + batch), drawn
+
+
+def memory_shardings(layout: Layout, memory: Any) -> Any:
+    """Shardings of a memory: its paths are divided over the devices."""
+
+    def shardings(v):
+        if isinstance(v, Rollout):
+            return _over_paths(lambda axis, v: layout.batch(v, axis), v)._replace(t=layout.replicated(v.t))
+        return layout.replicated(v)
+
+    return jax.tree.map(shardings, memory, is_leaf=lambda v: isinstance(v, Rollout))
 
 
 def _over_paths(fn, *rollouts: Rollout) -> Rollout:

@@ -5,7 +5,6 @@ in nats, the same whatever the step count.
 """
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -17,11 +16,10 @@ from jaxtyping import Array, Float
 
 from .estimators.base import per_path
 from .exploration import shift
+from .gradients import Loss
 from .objective import Objective, Rows
 from .predictions import expand
 from .process import Params
-
-Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
 class AbstractTrustRegion(eqx.Module):
@@ -110,9 +108,9 @@ class NaturalGradient(AbstractTrustRegion):
         (before, loss_metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
         states = per_path(rows)[0] if rows.j.ndim == 2 else rows
         count = len(states.j)
-        # rows are ordered by time
         spread = np.linspace(0, count - 1, min(self.fisher_rows or count, count)).round().astype(int)
-        some = jax.tree.map(lambda v: v[spread], states)
+        by_time = jnp.argsort(states.j)
+        some = jax.tree.map(lambda v: v[by_time[spread]], states)
 
         def damped(v):
             return optax.tree.add_scale(fisher_product(objective, params, some, v), self.damping, v)

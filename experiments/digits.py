@@ -25,12 +25,14 @@ from flax import nnx
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.optimum import mean_and_error
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.rewards import as_reward
 
 from . import data as datasets
 from .classifier import LogProbabilities, train_classifier
 from .commandline import execute
-from .evaluation import Evaluator, Samples, summary
+from .devices import Devices, describe, is_first
+from .evaluation import Evaluator, Samples, diversities, optimum_metrics, summary
 from .files import write_arrays
 from .presets import Settings, choose, require_gradient, value_for
 from .report import write_report
@@ -106,6 +108,14 @@ class Config:
     """Iterations between checkpoints."""
     seed: int = 0
     """Seed of everything random."""
+    accumulation: int = 1
+    """Parts that the rows of an update are worked through in, one after the other: less memory, the same update."""
+    average: float | None = None
+    """Decay per update of a running average of the parameters, which is then evaluated and saved (as 0.99; default: none)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
+    devices: Devices = Devices()
+    """Devices that share the run."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -130,15 +140,21 @@ def run(
         network: your own flax NNX module `network(x [b, h, w, c], t [b], cond) -> [b, h, w, c]` (v-prediction).
     """
     begin = time.perf_counter()
+    layout = config.devices.start()
     images = datasets.digits() if data is None else datasets.from_array(data)
     shape = images.x.shape[1:]
     kl_weight = _check(config, reward, images)
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_STREAMS)}
-    network = network or cd.ResidualMLP(shape, shape, width=config.width, depth=config.depth, rngs=nnx.Rngs(config.seed))
+    dtype = None if config.precision == "float32" else config.precision
+    network = network or cd.ResidualMLP(
+        shape, shape, width=config.width, depth=config.depth, dtype=dtype, rngs=nnx.Rngs(config.seed)
+    )
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), config.eta)
     model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
     has_gradient = as_reward(reward).differentiable if reward is not None else REWARDS[config.reward].differentiable
-    _algorithm(config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight)  # refuses what does not fit
+    _algorithm(
+        config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight, layout
+    )  # refuses what does not fit
 
     directory = RunDirectory(config.out, _settings(config, kl_weight, reward, data, network))
     if directory.metrics is not None:
@@ -147,20 +163,21 @@ def run(
         print(f"{config.out} holds this run, finished: see {config.out / 'report.html'}. Choose another --out to run again.")
         return directory.metrics
 
+    print(describe(layout, batch=config.batch, pretrain_batch=config.pretrain_batch))
     print(f"[1/4] classifiers and pre-training ({len(images.x)} images, {_count(model.params):,} parameters)")
     log_probabilities, judge = _classifiers(keys["classifier"], images)
     chosen = as_reward(reward) if reward is not None else REWARDS[config.reward].make(log_probabilities, config.digit)
     x = jnp.asarray(images.x)
     model, pretrain_seconds = pretrain(
         directory, model, x, keys["pretrain"], steps=config.pretrain_steps, batch=config.pretrain_batch,
-        learning_rate=config.pretrain_learning_rate,
+        learning_rate=config.pretrain_learning_rate, layout=layout,
     )  # fmt: skip
-    cd.save(config.out / "reference", model)
+    _save(config.out / "reference", model, model.params)
 
     print(f"[2/4] the optimum, from {config.reference_samples} reference samples")
     scales = model.sampler.chain_scales() if config.eta > 0 else None
     chunk = min(1024, config.evaluation_samples // 4)
-    evaluator = Evaluator(model.sampler, chosen, model.params, scales, chunk)
+    evaluator = Evaluator(model.sampler, chosen, model.params, scales, chunk, layout)
     reference = evaluator.reference_samples(keys["reference"], config.reference_samples)
     reference_reward = mean_and_error(reference.rewards)
     optimum = cd.reweighted_optimum(reference.rewards, kl_weight, is_bound=not cd.is_memoryless(process)) if kl_weight else None
@@ -172,7 +189,7 @@ def run(
     held_out = _held_out(judge, None if reward is not None or config.reward != "digit" else config.digit)
 
     print(f"[3/4] fine-tuning for {chosen.name!r} at {kl_weight:g} per nat of path KL")
-    algorithm, value_params = _algorithm(config, model.sampler, chosen, kl_weight)
+    algorithm, value_params = _algorithm(config, model.sampler, chosen, kl_weight, layout)
 
     def evaluate_now(params) -> dict[str, Any]:
         found = evaluator.samples(params, keys["evaluation"], config.evaluation_samples // 4)
@@ -181,14 +198,14 @@ def run(
 
     state, progress = finetune(
         directory, algorithm, algorithm.init(model.params, value_params), keys["finetune"], iterations=config.iterations,
-        evaluate=evaluate_now, held_out=held_out, evaluate_every=config.evaluate_every,
+        evaluate=lambda state: evaluate_now(_result(config, state)), held_out=held_out, evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every, kl_budget=config.kl_budget,
     )  # fmt: skip
 
     print("[4/4] evaluation and report")
-    tuned = model._replace(params=state.params)
-    cd.save(config.out / "model", tuned)
-    final = evaluator.samples(tuned.params, keys["evaluation"], config.evaluation_samples)
+    tuned = _result(config, state)
+    _save(config.out / "model", model, tuned)
+    final = evaluator.samples(tuned, keys["evaluation"], config.evaluation_samples)
     before = evaluator.reference_samples(keys["evaluation"], 64)
     weights = optimum.weights if optimum is not None else np.full(len(reference.x), 1 / len(reference.x))
     chosen_rows = np.random.default_rng(config.seed).choice(len(reference.x), 512, p=weights)
@@ -205,10 +222,11 @@ def run(
             "histogram_after": _histogram(judge, final.x),
             "histogram_optimum": _histogram(judge, reference.x, weights),
         }
-    write_arrays(config.out / "samples.npz", arrays)
+    if is_first():
+        write_arrays(config.out / "samples.npz", arrays)
     metrics = summary(final, optimum, reference_reward, kl_weight)
-    metrics |= _optimum_metrics(optimum, reference_reward, config)
-    metrics |= _diversities(images.x, reference.x, final.x, at_optimum.x)
+    metrics |= optimum_metrics(optimum, reference_reward, config.reference_samples)
+    metrics |= diversities(images.x, reference.x, final.x, at_optimum.x)
     metrics |= {
         "held_out_reward": held_out and held_out(jnp.asarray(final.x)),
         "held_out_reward_reference": held_out and held_out(jnp.asarray(reference.x)),
@@ -225,12 +243,26 @@ def run(
     }
     directory.close()
     directory.finish(metrics)
-    report = write_report(config.out)
-    _print_summary(metrics, report)
+    if is_first():
+        _print_summary(metrics, write_report(config.out))
     return metrics
 
 
-def _algorithm(config: Config, sampler: cd.Sampler, reward: cd.Reward, kl_weight: float) -> tuple[cd.Algorithm, Any]:
+def _result(config: Config, state: Any) -> Any:
+    """The parameters that are evaluated and saved."""
+    return state.params if config.average is None else state.average
+
+
+def _save(folder: Path, model: cd.DiffusionModel, params: Any) -> None:
+    """The model with these parameters, written by the first process."""
+    params = jax.tree.map(jnp.asarray, whole(params))
+    if is_first():
+        cd.save(folder, model._replace(params=params))
+
+
+def _algorithm(
+    config: Config, sampler: cd.Sampler, reward: cd.Reward, kl_weight: float, layout: Layout = ONE_DEVICE
+) -> tuple[cd.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     require_gradient(config.algorithm, reward)
     exploration = cd.Brownian()
@@ -245,7 +277,7 @@ def _algorithm(config: Config, sampler: cd.Sampler, reward: cd.Reward, kl_weight
     )
     training = cd.Training(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
-        optax.adam(config.value_learning_rate),
+        optax.adam(config.value_learning_rate), layout=layout, accumulation=config.accumulation, average=config.average,
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
     algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))
@@ -290,7 +322,9 @@ def _check(config: Config, reward, images: datasets.Images) -> float:
 
 def _settings(config: Config, kl_weight: float, reward, data, network) -> dict[str, Any]:
     """What identifies a run, as JSON."""
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name != "out"} | {"kl_weight": kl_weight}
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "devices")} | {
+        "kl_weight": kl_weight
+    }
     if reward is not None:
         settings["reward"] = f"custom: {as_reward(reward).name}"
     if data is not None:
@@ -329,31 +363,6 @@ def _histogram(judge: LogProbabilities, x: np.ndarray, weights: np.ndarray | Non
     classes = np.asarray(jnp.argmax(judge(jnp.asarray(x)), axis=-1))
     counts = np.bincount(classes, weights, minlength=10)
     return counts / counts.sum()
-
-
-def _optimum_metrics(optimum: cd.Optimum | None, reference: Any, config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {"reward_reference": reference.mean, "reward_reference_se": reference.se}
-    found |= {"objective_reference": reference.mean, "optimum_samples": config.reference_samples}
-    if optimum is not None:
-        found |= {
-            "optimum": optimum.objective.mean,
-            "optimum_se": optimum.objective.se,
-            "optimum_is_bound": optimum.is_bound,
-            "optimum_reward": optimum.reward,
-            "optimum_path_kl": optimum.path_kl,
-            "effective_sample_size": optimum.effective_sample_size,
-        }
-    return found
-
-
-def _diversities(data: np.ndarray, reference: np.ndarray, final: np.ndarray, optimum: np.ndarray) -> dict[str, float]:
-    """Vendi scores of 512 images each; the bandwidth is half the median distance between images of the data."""
-    rows = np.random.default_rng(0).permutation(len(data))[:512]
-    flat = data[rows].reshape(len(rows), -1)
-    distances = np.linalg.norm(flat[: len(flat) // 2] - flat[len(flat) // 2 : 2 * (len(flat) // 2)], axis=1)
-    bandwidth = float(np.median(distances)) / 2
-    sets = {"": final[:512], "_reference": reference[:512], "_optimum": optimum[:512], "_data": data[rows]}
-    return {f"diversity{name}": cd.vendi_score(x, bandwidth) for name, x in sets.items()}
 
 
 def _count(params) -> int:

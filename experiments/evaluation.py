@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ctrl_diffusion import Optimum, Reward, Sampler, optimality_gap, path_actions, sample_keys, step_kl
+from ctrl_diffusion import Optimum, Reward, Sampler, optimality_gap, path_actions, sample_keys, step_kl, vendi_score
 from ctrl_diffusion.optimum import Estimate, mean_and_error
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.rewards import evaluate as evaluate_reward
 
 
@@ -24,12 +25,20 @@ class Samples(NamedTuple):
 class Evaluator:
     """Samples policies without exploration, always from the same keys, against one reference. Compiled once."""
 
-    def __init__(self, sampler: Sampler, reward: Reward, reference: Any, scales: jax.Array | None, chunk: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        reward: Reward,
+        reference: Any,
+        scales: jax.Array | None,
+        chunk: int,
+        layout: Layout = ONE_DEVICE,
+    ):
         """`scales` are those of the path KL (`Sampler.chain_scales`), or `None` where no path KL is defined.
 
         `chunk` samples are drawn at a time, always: one compilation, bounded memory.
         """
-        self.reward, self.reference, self.scales, self.chunk = reward, reference, scales, chunk
+        self.reward, self.reference, self.scales, self.chunk, self.layout = reward, reference, scales, chunk, layout
 
         @jax.jit
         def plain(params, keys):
@@ -59,12 +68,12 @@ class Evaluator:
         chunk = self.chunk
         for i in tqdm(range(0, n, chunk), desc=f"sampling ({label})", unit="batch", leave=False):
             rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)  # the last chunk repeats the last sample
-            x, kl = draw(keys[rows])
+            x, kl = self.layout.paced(draw(self.layout.put(keys[rows], self.layout.batch)))
             keep = slice(0, min(chunk, n - i))
-            xs.append(np.asarray(x)[keep])
-            rewards.append(np.asarray(evaluate_reward(self.reward, x))[keep])
+            xs.append(whole(x)[keep])
+            rewards.append(whole(evaluate_reward(self.reward, x))[keep])
             if kl is not None:
-                kls.append(np.asarray(kl)[keep])
+                kls.append(whole(kl)[keep])
         return Samples(np.concatenate(xs), np.concatenate(rewards), np.concatenate(kls) if kls else None)
 
 
@@ -84,3 +93,29 @@ def summary(samples: Samples, optimum: Optimum | None, reference_reward: Estimat
     for name, estimate in zip(names, estimates):
         result |= {name: estimate and estimate.mean, f"{name}_se": estimate and estimate.se}
     return result
+
+
+def optimum_metrics(optimum: Optimum | None, reference: Estimate, samples: int) -> dict[str, Any]:
+    """What is known of the best policy, and of the untrained one."""
+    found: dict[str, Any] = {"reward_reference": reference.mean, "reward_reference_se": reference.se}
+    found |= {"objective_reference": reference.mean, "optimum_samples": samples}
+    if optimum is not None:
+        found |= {
+            "optimum": optimum.objective.mean,
+            "optimum_se": optimum.objective.se,
+            "optimum_is_bound": optimum.is_bound,
+            "optimum_reward": optimum.reward,
+            "optimum_path_kl": optimum.path_kl,
+            "effective_sample_size": optimum.effective_sample_size,
+        }
+    return found
+
+
+def diversities(data: np.ndarray, reference: np.ndarray, final: np.ndarray, optimum: np.ndarray) -> dict[str, float]:
+    """Vendi scores of 512 images each; the bandwidth is half the median distance between images of the data."""
+    rows = np.random.default_rng(0).permutation(len(data))[:512]
+    flat = data[rows].reshape(len(rows), -1)
+    distances = np.linalg.norm(flat[: len(flat) // 2] - flat[len(flat) // 2 : 2 * (len(flat) // 2)], axis=1)
+    bandwidth = float(np.median(distances)) / 2
+    sets = {"": final[:512], "_reference": reference[:512], "_optimum": optimum[:512], "_data": data[rows]}
+    return {f"diversity{name}": vendi_score(x, bandwidth) for name, x in sets.items()}

@@ -8,22 +8,28 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
+from .devices import is_first
 from .files import write_atomic
 
 
 class RunDirectory:
     """`config.json`, `history.jsonl`, `tensorboard/`, `checkpoints/`, `metrics.json` under one path.
 
-    A directory that holds another run's settings is refused, before anything is written.
+    A directory that holds another run's settings is refused, before anything is written. Of several processes the first writes
+    (and all of them checkpoints, each its part); they must see the same folder.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = path
         self._check_config(config)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
+        _wait("settings are checked")
+        if is_first():
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
+        _wait("settings are written")
         self._tensorboard: SummaryWriter | None = None
 
     def _check_config(self, config: dict[str, Any]) -> None:
@@ -54,6 +60,9 @@ class RunDirectory:
         return json.loads(file.read_text()) if file.exists() else None
 
     def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics, last of all: they mark a finished run."""
+        if not is_first():
+            return
         write_atomic(self.path / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
     # -- logs -----------------------------------------------------------------------------------------------------------
@@ -64,11 +73,15 @@ class RunDirectory:
 
     def keep_history(self, phase: str, index: str, before: int) -> None:
         """Drop rows of `phase` from `before` on: they were logged after the checkpoint that is being resumed."""
+        if not is_first():
+            return
         rows = [row for row in self.history() if row["phase"] != phase or row[index] < before]
         write_atomic(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, phase: str, step: int, row: dict[str, Any]) -> None:
         """Append a row to `history.jsonl` and its numbers to TensorBoard. Non-finite numbers are written as null."""
+        if not is_first():
+            return
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         with (self.path / "history.jsonl").open("a") as file:
             file.write(json.dumps({"phase": phase, **row}) + "\n")
@@ -85,6 +98,12 @@ class RunDirectory:
 
     def checkpoints(self, phase: str) -> "Checkpoints":
         return Checkpoints(self.path / "checkpoints" / phase)
+
+
+def _wait(what: str) -> None:
+    """Until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 class Results:

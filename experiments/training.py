@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ctrl_diffusion import DiffusionModel, denoising_loss
 from ctrl_diffusion.algorithms import Algorithm, Info, State
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from .rundir import RunDirectory
 
@@ -25,7 +26,15 @@ class PretrainState(NamedTuple):
 
 
 def pretrain(
-    run: RunDirectory, model: DiffusionModel, x: jax.Array, key: jax.Array, *, steps: int, batch: int, learning_rate: float
+    run: RunDirectory,
+    model: DiffusionModel,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[DiffusionModel, float]:
     """Denoising score matching on the images `x` with Adam, a cosine decay and a running average of the parameters.
 
@@ -37,23 +46,25 @@ def pretrain(
     process, prediction = model.process, model.prediction
 
     @jax.jit(donate_argnums=0)
-    def fit(state: PretrainState, x, indices):
+    def fit(state: PretrainState, x, key, indices):
         def body(state: PretrainState, i):
             key_rows, key_loss = jax.random.split(jax.random.fold_in(key, i))
-            rows = x[jax.random.randint(key_rows, (batch,), 0, len(x))]
+            rows = layout.constrain(x[jax.random.randint(key_rows, (batch,), 0, len(x))], layout.batch)
             loss, gradient = jax.value_and_grad(lambda p: denoising_loss(graphdef, p, key_loss, rows, process, prediction))(
                 state.params
             )
             change, opt = optimizer.update(gradient, state.optimizer, state.params)
             params = optax.apply_updates(state.params, change)
             average = optax.incremental_update(params, state.average, 0.005)
-            return PretrainState(params, average, opt), loss
+            return layout.constrain(PretrainState(params, average, opt), layout.parameters), loss
 
         state, losses = jax.lax.scan(body, state, indices)
         return state, jnp.mean(losses)
 
     params = jax.tree.map(jnp.copy, model.params)
     state = PretrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    layout.check_batch("pretrain_batch", batch)
+    state, x, key = layout.put(state, layout.parameters), *layout.put((x, key), layout.replicated)
     checkpoints, done, seconds = run.checkpoints("pretrain"), 0, 0.0
     restored = checkpoints.restore(state)
     if restored is not None:
@@ -63,7 +74,7 @@ def pretrain(
     with tqdm(total=steps, initial=done, desc="pre-training", unit="step") as bar:
         while done < steps:
             begin, n = time.perf_counter(), min(CHUNK, steps - done)
-            state, loss = fit(state, x, jnp.arange(done, done + n))
+            state, loss = fit(state, x, key, layout.put(jnp.arange(done, done + n), layout.replicated))
             loss = float(loss)
             if not jnp.isfinite(loss):
                 raise FloatingPointError(f"pre-training loss is {loss} at step {done + n}: lower --pretrain-learning-rate.")
@@ -91,7 +102,7 @@ def finetune(
     key: jax.Array,
     *,
     iterations: int,
-    evaluate: Callable[[Any], dict[str, Any]],
+    evaluate: Callable[[State], dict[str, Any]],
     held_out: Callable[[jax.Array], float] | None,
     evaluate_every: int,
     checkpoint_every: int,
@@ -100,7 +111,7 @@ def finetune(
     """Iterate `algorithm` from `state`; iteration `i` draws from `fold_in(key, i)`, so a resume repeats
     the uninterrupted run.
 
-    Stops early once the path KL of an iteration's samples exceeds `kl_budget` nats. `evaluate(params)` adds its numbers to
+    Stops early once the path KL of an iteration's samples exceeds `kl_budget` nats. `evaluate(state)` adds its numbers to
     the log every `evaluate_every` iterations, outside the measured time.
     """
     checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
@@ -123,7 +134,7 @@ def finetune(
             done += 1
             last = done == iterations or stop != "finished"
             if done % evaluate_every == 0 or last:
-                row |= evaluate(state.params)
+                row |= evaluate(state)
             run.log("finetune", done, row)
             if done % checkpoint_every == 0 or last:
                 checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})

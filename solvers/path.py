@@ -10,10 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 
-def sample_keys(key: Key[Array, ""], batch: int, start: int = 0) -> Key[Array, " b"]:
+def sample_keys(key: Key[Array, ""], batch: int, start: int | Int[Array, ""] = 0) -> Key[Array, " b"]:
     """One key per sample: `fold_in(key, i)` for global sample index `i = start .. start + batch - 1`."""
     return jax.vmap(lambda i: jr.fold_in(key, i))(start + jnp.arange(batch))
 

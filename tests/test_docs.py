@@ -230,8 +230,11 @@ DIGITS = ROOT / "docs" / "digits.md"
 
 
 def test_every_option_is_listed_with_its_default():
-    rows = dict(re.findall(r"^\| `--([\w-]+)` \| (.*?) \|", section(DIGITS, "## Options"), re.M))
-    fields = {f.name.replace("_", "-"): f.default for f in dataclasses.fields(digits.Config)}
+    rows = dict(re.findall(r"^\| `--([\w.-]+)` \| (.*?) \|", section(DIGITS, "## Options"), re.M))
+    fields = {}
+    for f in dataclasses.fields(digits.Config):
+        name, inner = f.name.replace("_", "-"), f.default if dataclasses.is_dataclass(f.default) else None
+        fields |= {f"{name}.{g.name}": g.default for g in dataclasses.fields(inner)} if inner else {name: f.default}
     assert list(rows) == list(fields)
     for name, default in fields.items():
         assert ("`" not in rows[name]) if default is None else (rows[name] == f"`{default}`"), (name, default)

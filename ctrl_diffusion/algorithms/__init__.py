@@ -3,6 +3,7 @@
 from .compose import (
     Algorithm as Algorithm,
     Info as Info,
+    Programs as Programs,
     State as State,
     TimeSampling as TimeSampling,
     Training as Training,
@@ -26,3 +27,4 @@ from .presets import (
     vard as vard,
     vidd as vidd,
 )
+from .programs import lower as lower

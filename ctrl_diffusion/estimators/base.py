@@ -40,6 +40,11 @@ class AbstractEstimator(eqx.Module):
 
     whole_paths: AbstractVar[bool]
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss is a mean over rows, so that it may be worked through in parts."""
+        return True
+
     def starts(self, objective: Objective) -> np.ndarray:
         """The control intervals that rows are made of (all, unless said otherwise)."""
         return np.arange(objective.intervals)

@@ -31,6 +31,10 @@ class LogVariance(AbstractEstimator):
 
     whole_paths: bool = eqx.field(static=True, default=True, init=False)
 
+    @property
+    def is_mean(self) -> bool:
+        return False
+
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "the log-variance")
 

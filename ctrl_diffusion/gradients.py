@@ -1,0 +1,86 @@
+"""The gradient of a mean over rows: part by part in time, device by device in space, and reduced once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from .objective import Rows
+from .parallel import BATCH, DATA, FSDP, Layout
+from .process import Params
+
+Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+
+def reduced_once(loss: Loss, layout: Layout, parts: int) -> Loss:
+    """`loss`, a mean over rows, with a gradient that is summed over `parts` equal parts of the rows, one after the other.
+
+    Where devices have all parameters, each works through its own rows and the sums are reduced over the devices once, at the end,
+    whatever loops the loss has inside. Where parameters are divided (`fsdp > 1`) the compiler brings them together and reduces their
+    gradients as it sees fit, in every part. Metrics are means, those named `max_...` maxima.
+    """
+    alone = layout.mesh is None
+    whole_parameters = layout.mesh is not None and layout.mesh.shape[FSDP] == 1
+    if alone and parts == 1:
+        return loss
+
+    def in_parts(params: Params, rows: Rows) -> tuple[Any, Params]:
+        def split(v):
+            return jnp.moveaxis(v.reshape((v.shape[0] // parts, parts) + v.shape[1:]), 1, 0)
+
+        def one(gradient, part):
+            found, change = jax.value_and_grad(loss, has_aux=True)(params, part)
+            return jax.tree.map(lambda a, b: a + b / parts, gradient, change), found
+
+        divided = jax.tree.map(split, rows)
+        if not alone and not whole_parameters:
+            divided = layout.constrain(divided, lambda tree: layout.batch(tree, 1))
+        gradient, (value, metrics) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), divided)
+        return (jnp.mean(value), _combined(metrics, jnp.mean, jnp.max)), gradient
+
+    def on_each(params: Params, rows: Rows) -> tuple[Any, Params]:
+        (value, metrics), gradient = in_parts(params, rows)
+        axes = (DATA, FSDP)
+        maxima = {name: jax.lax.pmax(v, axes) for name, v in metrics.items() if _is_maximum(name)}
+        means = {name: v for name, v in metrics.items() if name not in maxima}
+        value, means, gradient = jax.lax.pmean((value, means, gradient), axes)
+        return (value, means | maxima), gradient
+
+    def evaluated(params: Params, rows: Rows) -> tuple[Any, Params]:
+        if not whole_parameters:
+            return in_parts(params, rows)
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            on_each, mesh=layout.mesh, in_specs=(everywhere, BATCH), out_specs=everywhere, check_vma=False
+        )(params, rows)  # fmt: skip
+
+    @jax.custom_vjp
+    def total(params, rows):
+        return evaluated(params, rows)[0]
+
+    def forward(params, rows):
+        found, gradient = evaluated(params, rows)
+        return found, (gradient, rows)
+
+    def backward(saved, cotangent):
+        gradient, rows = saved
+        return jax.tree.map(lambda g: cotangent[0] * g, gradient), jax.tree.map(_no_cotangent, rows)
+
+    total.defvjp(forward, backward)
+    return total
+
+
+def _is_maximum(name: str) -> bool:
+    return name.startswith("max_")
+
+
+def _combined(metrics: dict[str, Any], mean: Callable, maximum: Callable) -> dict[str, Any]:
+    return {name: (maximum if _is_maximum(name) else mean)(v) for name, v in metrics.items()}
+
+
+def _no_cotangent(v):
+    return jnp.zeros_like(v) if jnp.issubdtype(v.dtype, jnp.floating) else np.zeros(v.shape, jax.dtypes.float0)

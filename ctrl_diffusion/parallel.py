@@ -1,0 +1,140 @@
+"""Where arrays live: one mesh of devices, batches over all of it, parameters whole or in parts.
+
+JAX's own SPMD: programs are written for the global arrays, and the compiler divides them. A layout without a mesh is one device, and
+changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, FSDP = "data", "fsdp"
+BATCH = PartitionSpec((DATA, FSDP))
+
+
+def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """A mesh `(data, fsdp)` of all devices (or these), of all processes: batches are divided over both axes, parameters over `fsdp`.
+
+    `fsdp = 1` keeps all parameters on every device (data parallelism).
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"fsdp={fsdp} must divide the number of devices, {len(devices)}.")
+    return jax.make_mesh((len(devices) // fsdp, fsdp), (DATA, FSDP), (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+class Layout(NamedTuple):
+    """How arrays are divided over a mesh; `put` places arrays that exist, `constrain` those of a program being traced.
+
+    Attributes:
+        mesh: of `make_mesh`, or `None` for one device.
+        min_size: parameters with fewer entries are kept whole.
+    """
+
+    mesh: Mesh | None = None
+    min_size: int = 2**14
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def check_batch(self, name: str, size: int) -> None:
+        """`ValueError` if a batch cannot be divided evenly."""
+        if size % self.devices:
+            raise ValueError(f"{name}={size} must be a multiple of the number of devices, {self.devices}.")
+
+    def parameters(self, tree: Any) -> Any:
+        """Shardings of parameters or of what has their shapes: the largest axis that `fsdp` divides is divided."""
+
+        def sharding(leaf):
+            parts = self._mesh.shape[FSDP]
+            axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+            spec: list[Any] = [None] * len(leaf.shape)
+            if parts > 1 and axes and leaf.size >= self.min_size:
+                spec[max(axes, key=lambda axis: leaf.shape[axis])] = FSDP
+            return NamedSharding(self._mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(sharding, tree)
+
+    def batch(self, tree: Any, axis: int = 0) -> Any:
+        """Shardings of arrays whose `axis` counts samples."""
+        spec = PartitionSpec(*(None,) * axis, *BATCH)
+        return jax.tree.map(lambda _: NamedSharding(self._mesh, spec), tree)
+
+    def replicated(self, tree: Any) -> Any:
+        """Shardings of arrays that every device has."""
+        return jax.tree.map(lambda _: NamedSharding(self._mesh, PartitionSpec()), tree)
+
+    def gathering(self, control: Callable) -> Callable:
+        """`control(params, ...)` with divided parameters brought together where it is called, and nowhere else."""
+        if self.mesh is None or self.mesh.shape[FSDP] == 1:
+            return control
+        return lambda params, *args: control(self.constrain(params, self.replicated), *args)
+
+    def put(self, tree: Any, shardings: Callable[[Any], Any]) -> Any:
+        """`tree`, the same on every process, placed by `shardings(tree)`."""
+        return tree if self.mesh is None else jax.tree.map(_placed, tree, shardings(tree))
+
+    def constrain(self, tree: Any, shardings: Callable[[Any], Any]) -> Any:
+        """`tree` inside a program, divided by `shardings(tree)`."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree))
+
+    def paced(self, tree: Any) -> Any:
+        """`tree`; on several CPU devices once it is there: their collectives can deadlock where a second program is under way."""
+        if self.mesh is not None and self.mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(tree)
+        return tree
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+
+def _placed(v: Any, sharding: NamedSharding) -> jax.Array:
+    """`v` on devices of all processes; each has the whole of it."""
+    if sharding.is_fully_addressable or not getattr(v, "is_fully_addressable", True):
+        return jax.device_put(v, sharding)
+    if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
+        spec = PartitionSpec(*sharding.spec, *(None,) * (jax.random.key_data(v).ndim - len(sharding.spec)))
+        data = _placed(jax.random.key_data(v), NamedSharding(sharding.mesh, spec))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(v))
+    local = np.asarray(v)
+    return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
+
+
+ONE_DEVICE = Layout()
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of `x` `[b, ...]` that lie on this process's devices, each once, in order; all of them where there is one process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def whole(tree: Any) -> Any:
+    """Arrays as numpy's, gathered from all processes where they are divided over several (then every process must call this)."""
+
+    def gathered(v):
+        if v.is_fully_addressable or v.is_fully_replicated:
+            return np.asarray(v)
+        return np.asarray(multihost_utils.process_allgather(v, tiled=True))
+
+    return jax.tree.map(gathered, tree)
+
+
+def from_local_rows(values: np.ndarray, like: jax.Array) -> jax.Array:
+    """`[b]` numbers from those of `local_rows(like)`, of the type of `like` and divided as it is."""
+    values = np.asarray(values, like.dtype)
+    if isinstance(like.sharding, NamedSharding):
+        rows = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:1]))
+        return jax.make_array_from_process_local_data(rows, values, like.shape[:1])
+    return jnp.asarray(values)

@@ -1,0 +1,46 @@
+"""`python -m tests.killed OUT POINT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never."""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ctrl_diffusion.parallel import Layout
+from experiments import digits, rundir
+
+CONFIG = digits.Config(
+    algorithm="sqdf", steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=6, batch=24, minibatches=2,
+    epochs=1, reference_samples=64, evaluation_samples=64, evaluate_every=3, checkpoint_every=1, average=0.9,
+)  # fmt: skip
+
+
+def killing(fn, at, before=True):
+    """`fn`, but its call number `at` ends the process: before it does anything, or right after."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(None)
+        if before and len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = fn(*args, **kwargs)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def main(out, point):
+    if point == "rollout":  # the rewards of the second iteration: paths are sampled, nothing is learned
+        compose = sys.modules["ctrl_diffusion.algorithms.compose"]
+        compose.evaluate_parts = killing(compose.evaluate_parts, 2)
+    elif point == "update":  # the first of the two updates of the second iteration is done
+        Layout.paced = killing(Layout.paced, 18, before=False)
+    elif point == "checkpoint":  # the third checkpoint is being written in the background
+        rundir.Checkpoints.save = killing(rundir.Checkpoints.save, 3, before=False)
+    digits.run(dataclasses.replace(CONFIG, out=Path(out)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

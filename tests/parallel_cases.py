@@ -1,0 +1,241 @@
+"""The same numbers whatever the devices: samples, gradients and state, for every estimator, on one, two and eight devices."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import ctrl_diffusion as cd
+from ctrl_diffusion import exact
+from ctrl_diffusion.estimators import (
+    GradientBalance,
+    LeanAdjoint,
+    LogVariance,
+    Matching,
+    PathConsistency,
+    Pathwise,
+    value_gradient,
+)
+from ctrl_diffusion.parallel import Layout, make_mesh
+from ctrl_diffusion.values import NoValue
+
+PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
+EXACT = exact.MixtureControl(PROCESS, exact.ring(), exact.LinearReward((1.0, 0.0)), kl_weight=1.0)
+BATCH, STEPS = 32, 8
+
+
+def control():
+    network = cd.ResidualMLP((2,), (2,), width=16, depth=1, rngs=nnx.Rngs(0))
+    change, params = cd.score_control(network, PROCESS, cd.EPSILON)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+    return (lambda params, t, x, cond: EXACT.reference_action(None, t, x) + change(params, t, x)), params
+
+
+CONTROL, PARAMS = control()
+LEARNED, PHI = cd.value_network(cd.ResidualMLP((2,), (), width=16, depth=1, rngs=nnx.Rngs(2)))
+
+
+def critic():
+    return cd.Critic(cd.StructuredValue(LEARNED, PROCESS.t0, PROCESS.t1), optax.sgd(1.0))
+
+
+NONE = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
+CASES = {
+    "likelihood ratio": lambda: (cd.estimators.LikelihoodRatio(clip=0.2), critic(), None),
+    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.states.Reference()),
+    "pathwise, one step": lambda: (Pathwise(1), critic(), None),
+    "pathwise, all steps": lambda: (Pathwise(STEPS), NONE, None),
+    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.states.Replay(2 * BATCH)),
+    "matching a gradient": lambda: (Matching(value_gradient), critic(), None),
+    "matching the adjoint": lambda: (Matching(LeanAdjoint()), NONE, None),
+    "detailed balance": lambda: (GradientBalance(), critic(), None),
+    "log-variance": lambda: (LogVariance(), NONE, None),
+    "path consistency": lambda: (PathConsistency(), critic(), None),
+    "natural gradient": lambda: (cd.estimators.LikelihoodRatio(), critic(), None),
+}
+
+
+def layouts():
+    devices = jax.devices()
+    return {
+        "one": Layout(),
+        "two": Layout(make_mesh(devices=devices[:2]), min_size=1),
+        "eight": Layout(make_mesh(), min_size=1),
+        "four by two": Layout(make_mesh(fsdp=2), min_size=1),
+    }
+
+
+def host_reward(x):
+    return np.asarray(x)[:, 0]
+
+
+def iteration(name, layout, reward=None, **settings):
+    """One iteration with plain gradient descent: differences of parameters are gradients."""
+    estimator, chosen, states = CASES[name]()
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
+    objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
+    policy = cd.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
+    settings = {"minibatches": 2, "average": 0.9} | settings
+    training = cd.Training(policy, BATCH, layout=layout, **settings)
+    algorithm = cd.compose(objective, estimator, chosen, training, states=states)
+    params, phi = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, PHI))
+    state, info = algorithm.step(jax.random.key(3), algorithm.init(params, phi))
+    return state, info
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "natural gradient"])
+def test_the_numbers_do_not_depend_on_the_devices(name):
+    same_numbers(name)
+
+
+def test_the_natural_gradient_does_not_depend_on_the_devices():
+    """In float64: ten iterations of conjugate gradient amplify rounding."""
+    with jax.enable_x64(True):
+        same_numbers("natural gradient")
+
+
+def same_numbers(name):
+    alone, info = iteration(name, Layout())
+    chosen = ("eight", "four by two") if name in ("likelihood ratio", "pathwise, replay", "natural gradient") else ("eight",)
+    for state, found in (iteration(name, layouts()[layout]) for layout in chosen):
+        if jax.config.jax_enable_x64:
+            np.testing.assert_allclose(found.samples, info.samples, rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(found.samples, info.samples)  # bit for bit
+        np.testing.assert_allclose(found.rewards, info.rewards, atol=1e-4)
+        for a, b in zip(leaves(state), leaves(alone)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    moved = [np.max(np.abs(a - b)) for a, b in zip(leaves(alone.params), leaves(PARAMS))]
+    assert max(moved) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["likelihood ratio", "pathwise, all steps", "path consistency"])
+def test_accumulation_gives_the_same_update(name):
+    alone = iteration(name, Layout(), minibatches=1)[0]
+    for layout in (Layout(), layouts()["two"]):
+        state = iteration(name, layout, minibatches=1, accumulation=4)[0]
+        for a, b in zip(leaves(state), leaves(alone)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_a_minibatch_are_not_accumulated():
+    with pytest.raises(ValueError, match="accumulation=4: the loss of LogVariance is a statistic"):
+        iteration("log-variance", Layout(), accumulation=4)
+    with pytest.raises(ValueError, match="accumulation=3 must divide the rows of a minibatch, 128"):
+        iteration("likelihood ratio", Layout(), accumulation=3)
+
+
+def test_batches_are_divided_evenly():
+    with pytest.raises(ValueError, match="batch=32 must be a multiple of the number of devices, 3"):
+        iteration("likelihood ratio", Layout(make_mesh(devices=jax.devices()[:3])))
+    with pytest.raises(ValueError, match="fsdp=3 must divide the number of devices, 8"):
+        make_mesh(fsdp=3)
+
+
+def test_parameters_and_their_optimiser_are_divided_over_fsdp():
+    """Every large array has one divided axis; each device holds its part alone."""
+    layout = layouts()["four by two"]
+    state, _ = iteration("likelihood ratio", layout)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.reference, state.average))]
+    assert sum("fsdp" in spec for spec in specs) > len(specs) / 2
+    kernel = next(leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2)
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+
+
+def test_small_parameters_stay_whole():
+    layout = Layout(make_mesh(fsdp=2))
+    shardings = layout.parameters({"small": jnp.zeros((8, 8)), "large": jnp.zeros((64, 512)), "odd": jnp.zeros((2**15 + 1,))})
+    assert {name: s.spec for name, s in shardings.items()} == {
+        "small": PartitionSpec(None, None),
+        "large": PartitionSpec(None, "fsdp"),
+        "odd": PartitionSpec(None),
+    }
+
+
+def test_the_average_of_parameters_is_that_of_the_updates():
+    """Two updates by hand: `avg <- 0.9 avg + 0.1 params` after each."""
+    one = iteration("pathwise, one step", Layout(), minibatches=1)[0]
+    for average, params, start in zip(leaves(one.average), leaves(one.params), leaves(PARAMS)):
+        np.testing.assert_allclose(average, 0.9 * start + 0.1 * params, rtol=1e-5, atol=1e-7)
+    assert iteration("pathwise, one step", Layout(), average=None)[0].average == ()
+
+
+def test_black_box_rewards_see_every_sample_once():
+    seen = []
+
+    def counted(x):
+        seen.append(len(x))
+        return x[:, 0]
+
+    alone, other = (iteration("likelihood ratio", layouts()[name], reward=counted)[0] for name in ("one", "eight"))
+    assert seen == [BATCH, BATCH * STEPS] * 2
+    for a, b in zip(leaves(other), leaves(alone)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+REDUCTION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def collectives(text):
+    """Kind and number of entries of every collective in a compiled program's text."""
+    found = []
+    for shapes, kind in REDUCTION.findall(text):
+        sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        found.append((kind, sum(sizes)))
+    return found
+
+
+def programs(name, layout, **settings):
+    estimator, chosen, states = CASES[name]()
+    sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS))
+    objective = cd.Objective(sampler, cd.differentiable(EXACT.reward), kl_weight=1.0)
+    training = cd.Training(optax.adam(1e-2), BATCH, layout=layout, **settings)
+    algorithm = cd.compose(objective, estimator, chosen, training, states=states)
+    return {k: v.compile() for k, v in cd.algorithms.lower(algorithm, layout, PARAMS, PHI).items()}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "natural gradient"])
+def test_one_gradient_reduction_per_update(name):
+    """The compiled update reduces the gradients of policy and value once, together or apart; all else is a few numbers."""
+    compiled = programs(name, layouts()["eight"])["update"].as_text()
+    found, loops = collectives(compiled), collectives("".join(loop_bodies(compiled)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+    large = [entries for kind, entries in found if entries >= 100]
+    print(name, found, size, loops)
+    assert {kind for kind, _ in found} == {"all-reduce"} and not loops
+    learns = CASES[name]()[1].optimizer is not None
+    assert len(large) <= 1 + learns and sum(large) < 2.5 * size + 100
+
+
+def loop_bodies(text):
+    """The computations of a compiled program's text that are bodies of loops."""
+    names = set(re.findall(r"body=%?([\w.-]+)", text))
+    return [part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in names]
+
+
+def test_samples_of_a_larger_network_are_the_same_bit_for_bit():
+    """The network and batch of the digits."""
+    process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
+    model = cd.make_model(cd.ResidualMLP((8, 8, 1), (8, 8, 1), rngs=nnx.Rngs(0)), process, (8, 8, 1), grid=process.grid(6))
+    leaves, tree = jax.tree.flatten(model.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([leaf + 0.05 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+    found = []
+    for layout in (Layout(), Layout(make_mesh(devices=jax.devices()[:2])), Layout(make_mesh())):
+        keys = layout.put(cd.sample_keys(jax.random.key(0), 512), layout.batch)
+        found.append(np.asarray(jax.jit(model.sampler.sample)(layout.put(params, layout.parameters), keys)))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])

@@ -1,0 +1,90 @@
+"""Runs `parallel_cases.py` where there are eight devices, and real processes that must equal one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import ANY
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.mark.slow
+def test_eight_devices():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/parallel_cases.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(8), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def parameters(out):
+    return safetensors.numpy.load_file(out / "model" / "params.safetensors")
+
+
+def killed(out, point):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed", str(out), point],
+        cwd=REPOSITORY,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    """SIGKILL in a rollout, in an update and while a checkpoint is written, one after the other, of a run with a replay buffer."""
+    assert killed(tmp_path / "whole", "never") == (0, ANY)
+    for point in ("rollout", "update", "checkpoint"):
+        assert killed(tmp_path / "run", point) == (-signal.SIGKILL, ANY)
+    assert killed(tmp_path / "run", "never") == (0, ANY)
+    whole, run = parameters(tmp_path / "whole"), parameters(tmp_path / "run")
+    for name in whole:
+        np.testing.assert_array_equal(run[name], whole[name])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == list(range(6))
+
+
+TINY = "--steps 4 --pretrain-steps 20 --pretrain-batch 32 --width 16 --depth 1 --iterations 2 --batch 32 --minibatches 2 --epochs 1"
+TINY += " --reference-samples 64 --evaluation-samples 64 --evaluate-every 2 --checkpoint-every 1"
+
+
+def start(out, devices, *options):
+    command = [sys.executable, "-m", "experiments.digits", "--out", str(out), *TINY.split(), *options]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_equal_one(tmp_path, fsdp):
+    """The whole experiment by two processes of two devices each, and by one process on one device: the same model and log."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    alone = start(tmp_path / "one", 1)
+    assert alone.wait() == 0, alone.stdout.read()
+    joint = ["--devices.distributed", "--devices.coordinator", address, "--devices.processes", "2", "--devices.fsdp", str(fsdp)]
+    both = [start(tmp_path / "two", 2, *joint, "--devices.process", str(i)) for i in range(2)]
+    output = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
+    assert "4 devices (cpu) of 2 process(es)" in output[0]
+    assert "batch 32 = 8 each" in output[0]
+    one, two = parameters(tmp_path / "one"), parameters(tmp_path / "two")
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[1]["reward"] == pytest.approx(metrics[0]["reward"], rel=1e-3)
