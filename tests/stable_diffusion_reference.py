@@ -184,11 +184,20 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def tensor(x):
+    """An array for torch."""
+    return torch.from_numpy(np.array(x))
+
+
+def nchw(x):
+    """An array `[b, h, w, c]` for torch."""
+    return tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
 def call(model, x, *arguments) -> np.ndarray:
-    """A torch UNet on numpy arrays `[b, h, w, c]`."""
+    """A torch UNet on arrays `[b, h, w, c]`."""
     with torch.no_grad():
-        out = model(torch.from_numpy(x.transpose(0, 3, 1, 2)), *(torch.from_numpy(np.asarray(a)) for a in arguments))
-    return nhwc(out.sample)
+        return nhwc(model(nchw(x), *map(tensor, arguments)).sample)
 
 
 def saved(model, folder: Path) -> Path:

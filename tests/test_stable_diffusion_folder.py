@@ -91,7 +91,7 @@ def test_what_is_saved_is_what_was_loaded_here_and_in_diffusers(today, tmp_path)
         assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert {**again.scheduler.config}.items() >= {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}.items()
     assert again.tokenizer("a cat").input_ids == pipe.tokenizer("a cat").input_ids
-    x, t, context = normal(0, 1, 8, 8, 4), np.asarray([500.0], np.float32), normal(1, 1, 7, 24)
+    x, t, context = jnp.asarray(normal(0, 1, 8, 8, 4)), jnp.asarray([500.0]), jnp.asarray(normal(1, 1, 7, 24))
     assert relative(model.unet(x, t, context), call(again.unet, x, t, context)) < GATE
 
 

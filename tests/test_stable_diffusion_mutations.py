@@ -20,11 +20,23 @@ from ctrl_diffusion.stable_diffusion import (
     unet as unet_module,
     vae as vae_module,
 )
-from tests.stable_diffusion_reference import GATE, call, nhwc, normal, relative, saved, text_encoder, torch, unet, vae
+from tests.stable_diffusion_reference import (
+    GATE,
+    call,
+    nchw,
+    nhwc,
+    normal,
+    relative,
+    saved,
+    tensor,
+    text_encoder,
+    torch,
+    unet,
+    vae,
+)
 
-LATENTS, TIMESTEPS, CONTEXT = normal(0, 2, 8, 8, 4), np.asarray([1.0, 981.0], np.float32), normal(1, 2, 7, 24)
-IMAGES = normal(2, 1, 16, 16, 3)
-IDS = np.asarray([[298, 5, 6, 299, 299, 299]], np.int32)
+LATENTS, CONTEXT, IMAGES = (jnp.asarray(normal(*shape)) for shape in ((0, 2, 8, 8, 4), (1, 2, 7, 24), (2, 1, 16, 16, 3)))
+TIMESTEPS, IDS = jnp.asarray([1.0, 981.0]), jnp.asarray([[298, 5, 6, 299, 299, 299]])
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +45,11 @@ def references(tmp_path_factory):
     folder = tmp_path_factory.mktemp("references")
     models = {UNet: unet(), VAE: vae(), CLIPText: text_encoder()}
     with torch.no_grad():
-        posterior = models[VAE].encode(torch.from_numpy(IMAGES.transpose(0, 3, 1, 2))).latent_dist
+        posterior = models[VAE].encode(nchw(IMAGES)).latent_dist
         outputs = {
             UNet: [call(models[UNet], LATENTS, TIMESTEPS, CONTEXT)],
             VAE: [nhwc(posterior.mean), nhwc(models[VAE].decode(posterior.mean).sample)],
-            CLIPText: list(models[CLIPText](torch.from_numpy(IDS.astype(np.int64))).to_tuple()[:2]),
+            CLIPText: list(models[CLIPText](tensor(np.asarray(IDS, np.int64))).to_tuple()[:2]),
         }
     return {cls: (saved(model, folder / cls.__name__), outputs[cls]) for cls, model in models.items()}
 
@@ -47,9 +59,9 @@ def run(network):
     if isinstance(network, UNet):
         return [network(LATENTS, TIMESTEPS, CONTEXT)]
     if isinstance(network, VAE):
-        mean = network.encode(jnp.asarray(IMAGES)).mean
+        mean = network.encode(IMAGES).mean
         return [mean, network.decode(mean)]
-    return list(network(jnp.asarray(IDS)))
+    return list(network(IDS))
 
 
 def difference(references, cls, network) -> float:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ctrl_diffusion.solvers import DDIM, ExponentialEuler, integrate
 from ctrl_diffusion.stable_diffusion import load_folder, parse_noising
-from tests.stable_diffusion_reference import SCHEDULER, diffusers, nhwc, normal, pipeline, relative, torch
+from tests.stable_diffusion_reference import SCHEDULER, diffusers, nchw, nhwc, normal, pipeline, relative, torch
 
 STEPS, GUIDANCE = 10, 7.5
 PROMPTS = ["a cat", "the cats sat"]
@@ -53,7 +53,7 @@ def test_generation(today, name, solver):
     noising = parse_noising({"_class_name": "DDIMScheduler", **config})
     start = normal(5, 2, 8, 8, 4)
     options = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent")
-    expected = nhwc(pipe(PROMPTS, latents=torch.from_numpy(start.transpose(0, 3, 1, 2)), **options).images)
+    expected = nhwc(pipe(PROMPTS, latents=nchw(start), **options).images)
     np.testing.assert_array_equal(pipe.scheduler.timesteps, noising.timesteps(STEPS))
 
     process = noising.process(STEPS, eta=0.0)
@@ -66,3 +66,7 @@ def test_generation(today, name, solver):
 
     latents = generate(jnp.asarray(start), args)
     assert relative(latents, expected) < 1e-4
+    if name == "SD 1":
+        with torch.no_grad():
+            images = nhwc(pipe.vae.decode(nchw(expected) / pipe.vae.config.scaling_factor).sample)
+        assert relative(model.vae.to_images(latents), images) < 1e-4

@@ -28,7 +28,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: float = 0.0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -178,7 +178,7 @@ def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
         if name in free:
             if not _fits(value, free[name]):
                 raise ValueError(f"{name}={value!r} is not supported: it must be {_spell(free[name])}.")
-            arguments[name] = value
+            arguments[name] = float(value) if free[name] is float else value
         elif name in fixed:
             if value not in fixed[name]:
                 raise ValueError(f"{name}={value!r} is not supported: it must be {_either(fixed[name])}.")

@@ -19,9 +19,9 @@ class Posterior(NamedTuple):
     logvar: Images
 
 
-def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int, layers: Layers) -> nnx.List:
+def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int, layers: Layers) -> list[ResNetBlock]:
     widths = [inputs] + [outputs] * (count - 1)
-    return nnx.List([ResNetBlock(n, outputs, 0, config.norm_num_groups, EPS, layers) for n in widths])
+    return [ResNetBlock(n, outputs, 0, config.norm_num_groups, EPS, layers) for n in widths]
 
 
 class EncoderBlock(nnx.Module):
@@ -30,7 +30,7 @@ class EncoderBlock(nnx.Module):
     def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
         channels, last = config.block_out_channels, i == len(config.block_out_channels) - 1
         self.remat = remat
-        self.resnets = _resnets(config, channels[max(i - 1, 0)], channels[i], config.layers_per_block, layers)
+        self.resnets = nnx.List(_resnets(config, channels[max(i - 1, 0)], channels[i], config.layers_per_block, layers))
         self.downsampler = None if last else layers.conv(channels[i], channels[i], stride=2, padding=(0, 1))
 
     def __call__(self, h: Images) -> Resized:
@@ -45,7 +45,7 @@ class DecoderBlock(nnx.Module):
     def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
         channels, coarsest = config.block_out_channels, len(config.block_out_channels) - 1
         self.remat = remat
-        self.resnets = _resnets(config, channels[min(i + 1, coarsest)], channels[i], config.layers_per_block + 1, layers)
+        self.resnets = nnx.List(_resnets(config, channels[min(i + 1, coarsest)], channels[i], config.layers_per_block + 1, layers))
         self.upsampler = layers.conv(channels[i], channels[i]) if i else None
 
     def __call__(self, h: Images) -> Resized:
@@ -60,7 +60,7 @@ class MidBlock(nnx.Module):
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
         channels = config.block_out_channels[-1]
         self.remat = remat
-        self.resnets = _resnets(config, channels, channels, 2, layers)
+        self.resnets = nnx.List(_resnets(config, channels, channels, 2, layers))
         self.attentions = nnx.List([PixelAttention(channels, config.norm_num_groups, layers)])
 
     def __call__(self, h: Images) -> Images:
