@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +17,7 @@ from ctrl_diffusion.stable_diffusion import (
     UNet,
     UNetConfig,
     VAEConfig,
+    abstract_network,
     parse_config,
     parse_noising,
     read_config,
@@ -45,7 +47,7 @@ def test_the_unet_of_stable_diffusion_15():
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_sizes_of_stable_diffusion_15(cls, config, parameters, tensors):
-    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))))
+    leaves = jax.tree.leaves(nnx.state(abstract_network(lambda rngs: cls(config, rngs=rngs))))
     assert len(leaves) == tensors and sum(leaf.size for leaf in leaves) == parameters
 
 
@@ -131,7 +133,7 @@ def test_grids_fit_their_processes(steps, spacing, to_data):
     process = noising.process(steps, eta=0.5)
     grid = process.check_grid(noising.grid(steps))
     assert len(grid) == steps + (spacing != "linspace" or to_data) and process.eta == 0.5
-    taus = process.tau(grid[:-1].astype(np.float32))
+    taus = process.tau(jnp.asarray(grid[:-1], jnp.float32))
     np.testing.assert_array_equal(noising.timestep(taus), noising.timesteps(steps))  # exactly, in float32
 
 

@@ -1,6 +1,5 @@
 """Whole generations with classifier-free guidance, from prompts to images, against diffusers' pipeline."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from flax import nnx
 
 from ctrl_diffusion.solvers import DDIM, ExponentialEuler, integrate
 from ctrl_diffusion.stable_diffusion import load_folder, parse_noising
-from tests.stable_diffusion_reference import SCHEDULER, diffusers, nchw, nhwc, normal, pipeline, relative, torch
+from tests.stable_diffusion_reference import SCHEDULER, compiled, diffusers, nchw, nhwc, normal, pipeline, relative, torch
 
 STEPS, GUIDANCE = 10, 7.5
 PROMPTS = ["a cat", "the cats sat"]
@@ -60,7 +59,7 @@ def test_generation(today, name, solver):
     control, params = guided(model.unet, noising, process)
     args = (params, (model.encode(["", ""]), model.encode(PROMPTS)))
 
-    @jax.jit
+    @compiled
     def generate(x, args):
         return integrate(process.term(control, None), solver, noising.grid(STEPS), x, args)
 

@@ -4,9 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ctrl_diffusion.stable_diffusion import VAE, CLIPText, load_network
-from tests.stable_diffusion_reference import GATE, nchw, nhwc, normal, relative, saved, tensor, text_encoder, torch, vae
+from ctrl_diffusion.stable_diffusion import VAE, CLIPText, CLIPTextConfig, load_network, parse_config
+from tests.stable_diffusion_reference import (
+    GATE,
+    TEXT,
+    compiled,
+    nchw,
+    nhwc,
+    normal,
+    relative,
+    saved,
+    tensor,
+    text_encoder,
+    torch,
+    vae,
+)
 
 SIZES = [(16, 16), (8, 20), (18, 10)]
 
@@ -21,7 +35,7 @@ def autoencoder(tmp_path_factory):
 def test_encode(autoencoder, size):
     model, network = autoencoder
     images = normal(0, 2, *size, 3)
-    posterior = jax.jit(VAE.encode)(network, images)
+    posterior = compiled(VAE.encode)(network, images)
     with torch.no_grad():
         expected = model.encode(nchw(images)).latent_dist
     assert posterior.mean.shape == (2, size[0] // 2, size[1] // 2, 4)
@@ -45,7 +59,7 @@ def test_decode(autoencoder, size):
     z = normal(1, 2, *size, 4)
     with torch.no_grad():
         expected = model.decode(nchw(z)).sample
-    assert relative(jax.jit(VAE.decode)(network, z), nhwc(expected)) < GATE
+    assert relative(compiled(VAE.decode)(network, z), nhwc(expected)) < GATE
 
 
 def test_latents_are_scaled(autoencoder):
@@ -60,7 +74,7 @@ def test_gradient_through_the_decoder_with_remat(autoencoder, tmp_path):
     model, network = autoencoder
     recomputing = load_network(VAE, saved(model, tmp_path), remat=True)
     z = jnp.asarray(normal(1, 1, 4, 4, 4))
-    gradients = [jax.jit(jax.grad(lambda z, n=n: jnp.sum(n.decode(z) ** 2)))(z) for n in (network, recomputing)]
+    gradients = [compiled(jax.grad(lambda z, n=n: jnp.sum(n.decode(z) ** 2)))(z) for n in (network, recomputing)]
     assert relative(gradients[1], gradients[0]) < GATE
     assert "remat" in str(jax.make_jaxpr(recomputing.decode)(z)) and "remat" not in str(jax.make_jaxpr(network.decode)(z))
 
@@ -81,7 +95,7 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_encoder(name, length, tmp_path):
     model, ids = text_encoder(**TEXTS[name]), IDS[:, :length]
-    got = jax.jit(CLIPText.__call__)(load_network(CLIPText, saved(model, tmp_path)), ids)
+    got = compiled(CLIPText.__call__)(load_network(CLIPText, saved(model, tmp_path)), ids)
     with torch.no_grad():
         expected = model(tensor(ids.astype(np.int64)))
     assert relative(got.last_hidden_state, expected.last_hidden_state) < GATE
@@ -91,11 +105,17 @@ def test_text_encoder(name, length, tmp_path):
 def test_text_options(tmp_path):
     """bfloat16 is close, remat exact."""
     folder = saved(text_encoder(), tmp_path)
-    exact = load_network(CLIPText, folder)(jnp.asarray(IDS)).last_hidden_state
-    half = load_network(CLIPText, folder, dtype=jnp.bfloat16)(jnp.asarray(IDS)).last_hidden_state
-    recomputed = load_network(CLIPText, folder, remat=True)(jnp.asarray(IDS)).last_hidden_state
+    options = [{}, dict(dtype=jnp.bfloat16), dict(remat=True)]
+    run = compiled(lambda network: network(jnp.asarray(IDS)).last_hidden_state)
+    exact, half, recomputed = (run(load_network(CLIPText, folder, **option)) for option in options)
     assert half.dtype == jnp.float32 and 1e-4 < relative(half, exact) < 0.1
     assert relative(recomputed, exact) < GATE
+
+
+def test_random_parameters():
+    config = parse_config(CLIPTextConfig, TEXT)
+    first, again, other = (jax.tree.leaves(nnx.state(CLIPText(config, rngs=nnx.Rngs(seed)))) for seed in (0, 0, 1))
+    assert all(map(jnp.array_equal, first, again)) and not all(map(jnp.array_equal, first, other))
 
 
 def test_too_many_tokens(tmp_path):

@@ -29,3 +29,4 @@ from .folder import (
 from .noising import Noising as Noising, parse_noising as parse_noising, read_noising as read_noising
 from .unet import UNet as UNet
 from .vae import VAE as VAE, Posterior as Posterior
+from .weights import abstract_network as abstract_network

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from ..folders import replaced
@@ -85,9 +84,8 @@ def load_network(
         raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
     config = read_config(kind.config, path)
 
-    def make():
-        options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
-        return cls(config, **options, rngs=nnx.Rngs(0))
+    def make(rngs):
+        return cls(config, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, rngs=rngs)
 
     return load_parameters(make, folder, kind.stem, kind.names(config), cast=cast, sharding=sharding)
 

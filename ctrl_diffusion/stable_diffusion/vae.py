@@ -45,7 +45,9 @@ class DecoderBlock(nnx.Module):
     def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
         channels, coarsest = config.block_out_channels, len(config.block_out_channels) - 1
         self.remat = remat
-        self.resnets = nnx.List(_resnets(config, channels[min(i + 1, coarsest)], channels[i], config.layers_per_block + 1, layers))
+        self.resnets = nnx.List(
+            _resnets(config, channels[min(i + 1, coarsest)], channels[i], config.layers_per_block + 1, layers)
+        )
         self.upsampler = layers.conv(channels[i], channels[i]) if i else None
 
     def __call__(self, h: Images) -> Resized:

@@ -93,8 +93,20 @@ def _tensors_of(file: Path) -> list[Stored]:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
+class _OneKey(nnx.Rngs):
+    """Random numbers where only their shapes matter; counting them under a trace takes most of the time otherwise."""
+
+    def params(self):
+        return jax.random.key(0)
+
+
+def abstract_network(make: Callable[[nnx.Rngs], Network]) -> Network:
+    """The network that `make` makes, with `jax.ShapeDtypeStruct`s for parameters: nothing is drawn or stored."""
+    return nnx.eval_shape(lambda: make(_OneKey(0)))
+
+
 def load_parameters(
-    make: Callable[[], Network],
+    make: Callable[[nnx.Rngs], Network],
     folder: Path,
     stem: str,
     names: Names,
@@ -104,17 +116,17 @@ def load_parameters(
 ) -> Network:
     """The network that `make` describes, with the parameters of a folder's files.
 
-    `make` is evaluated for shapes alone, so that no random parameters are made. Each tensor is read, transposed and placed
+    No random parameters are made. Each tensor is read, transposed and placed
     before the next is read: beyond the network itself, memory holds one tensor.
 
     Args:
-        make: makes the network with any parameters.
+        make: makes the network with random parameters; it is evaluated for their shapes alone.
         folder, stem: where the files are; see `find_files`.
         names: of the network's tensors.
         cast: convert tensors of another floating-point type to the parameters' type instead of refusing them.
         sharding: where each parameter goes; default: the default device.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(abstract_network(make))
     wanted = {names.tensor(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     found = read_headers(folder, stem, names)
     for name, value in names.constants:
