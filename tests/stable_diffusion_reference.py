@@ -53,13 +53,13 @@ VAE = dict(
     norm_num_groups=8,
 )
 TEXT = dict(
-    vocab_size=300,
+    vocab_size=516,
     hidden_size=24,
     intermediate_size=40,
     num_hidden_layers=2,
     num_attention_heads=3,
-    bos_token_id=298,
-    eos_token_id=299,
+    bos_token_id=514,
+    eos_token_id=515,
 )
 
 
@@ -97,7 +97,7 @@ def tokenizer(folder: Path):
     letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
     merges = ["c a", "ca t</w>"]
-    words = (letters + [letter + "</w>" for letter in letters])[: TEXT["vocab_size"] - 4] + ["ca", "cat</w>"]
+    words = letters + [letter + "</w>" for letter in letters] + ["ca", "cat</w>"]
     vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

@@ -36,7 +36,7 @@ from tests.stable_diffusion_reference import (
 )
 
 LATENTS, CONTEXT, IMAGES = (jnp.asarray(normal(*shape)) for shape in ((0, 2, 8, 8, 4), (1, 2, 7, 24), (2, 1, 16, 16, 3)))
-TIMESTEPS, IDS = jnp.asarray([1.0, 981.0]), jnp.asarray([[298, 5, 6, 299, 299, 299]])
+TIMESTEPS, IDS = jnp.asarray([1.0, 981.0]), jnp.asarray([[514, 5, 6, 515, 515, 515]])
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ IN_NETWORK = [
     (UNet, without("down_blocks.0.downsampler.bias")),
     (UNet, without("down_blocks.0.attentions.0.transformer_blocks.0.norm2.bias")),
     (UNet, without("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.bias")),
-    (UNet, without("up_blocks.2.resnets.0.conv_shortcut.bias")),
+    (UNet, without("up_blocks.1.resnets.0.conv_shortcut.bias")),
     (VAE, without("quant_conv.bias")),
     (VAE, without("post_quant_conv.bias")),
     (VAE, without("encoder.mid_block.attentions.0.attention.to_q.bias")),
@@ -215,7 +215,7 @@ IN_NETWORK = [
     (CLIPText, without("embeddings.position_embedding.embedding")),
     (CLIPText, without("final_layer_norm.bias")),
     (UNet, configured(flip_sin_to_cos=False)),
-    (UNet, configured(freq_shift=1)),
+    (UNet, configured(freq_shift=1.0)),
     (CLIPText, configured(eos_token_id=5)),
     (UNet, another_number_of_heads),
     (VAE, another_number_of_heads),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from ctrl_diffusion.stable_diffusion import UNet, UNetConfig, load_network
+from ctrl_diffusion.stable_diffusion import UNet, UNetConfig, abstract_network, load_network
 from tests.stable_diffusion_reference import GATE, UNETS, call, compiled, normal, relative, saved, unet
 
 TIMESTEPS = jnp.asarray([1.0, 981.0])
@@ -57,10 +57,10 @@ def test_gradients_of_all_parameters_with_and_without_remat():
         cross_attention_dim=24,
         attention_head_dim=4,
     )
-    networks = [UNet(config, remat=remat, rngs=nnx.Rngs(0)) for remat in (False, True)]
     gradients, programs = [], []
-    for network in networks:
-        graphdef, params = nnx.split(network)
+    for remat in (False, True):
+        graphdef, shapes = nnx.split(abstract_network(lambda rngs, remat=remat: UNet(config, remat=remat, rngs=rngs)))
+        params = jax.tree.map(lambda leaf: jnp.asarray(0.1 * normal(leaf.size, *leaf.shape)), shapes)
 
         def loss(params, graphdef=graphdef):
             return jnp.sum(nnx.merge(graphdef, params)(*inputs(4, 6)) ** 2)

@@ -79,9 +79,9 @@ def test_gradient_through_the_decoder_with_remat(autoencoder, tmp_path):
     assert "remat" in str(jax.make_jaxpr(recomputing.decode)(z)) and "remat" not in str(jax.make_jaxpr(network.decode)(z))
 
 
-IDS = np.full((3, 77), 299, np.int32)
-IDS[0, :4] = [298, 5, 6, 299]
-IDS[1, :2] = [298, 299]
+IDS = np.full((3, 77), 515, np.int32)
+IDS[0, :4] = [514, 5, 6, 515]
+IDS[1, :2] = [514, 515]
 IDS[2, :76] = np.arange(76)
 
 TEXTS = {
