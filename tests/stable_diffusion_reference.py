@@ -121,12 +121,17 @@ SCHEDULER = dict(
 
 
 def pipeline(folder: Path):
-    """A whole pipeline; `folder` is for the vocabulary of its tokenizer."""
+    """A whole pipeline in which the text matters; `folder` is for the vocabulary of its tokenizer."""
+    network = unet()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "attn2.to_v" in name:
+                parameter *= 10
     return diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(folder / "vocabulary"),
-        unet=unet(),
+        unet=network,
         scheduler=diffusers.DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,

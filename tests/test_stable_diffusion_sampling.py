@@ -7,7 +7,7 @@ from flax import nnx
 
 from ctrl_diffusion.solvers import DDIM, ExponentialEuler, integrate
 from ctrl_diffusion.stable_diffusion import load_folder, parse_noising
-from tests.stable_diffusion_reference import SCHEDULER, compiled, diffusers, nchw, nhwc, normal, pipeline, relative, torch
+from tests.stable_diffusion_reference import GATE, SCHEDULER, compiled, diffusers, nchw, nhwc, normal, pipeline, relative, torch
 
 STEPS, GUIDANCE = 10, 7.5
 PROMPTS = ["a cat", "the cats sat"]
@@ -43,8 +43,11 @@ def guided(network, noising, process):
     return control, params
 
 
-@pytest.mark.parametrize("solver", [ExponentialEuler(), DDIM()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [(name, ExponentialEuler()) for name in SCHEDULERS] + [("SD 1", DDIM())],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_generation(today, name, solver):
     pipe, model = today
     config = SCHEDULER | SCHEDULERS[name]
@@ -64,8 +67,10 @@ def test_generation(today, name, solver):
         return integrate(process.term(control, None), solver, noising.grid(STEPS), x, args)
 
     latents = generate(jnp.asarray(start), args)
-    assert relative(latents, expected) < 1e-4
-    if name == "SD 1":
+    assert relative(latents, expected) < GATE
+    if name == "SD 1" and isinstance(solver, DDIM):
+        unguided = generate(jnp.asarray(start), (params, (args[1][1],) * 2))
+        assert relative(unguided, expected) > 0.1  # the texts matter
         with torch.no_grad():
             images = nhwc(pipe.vae.decode(nchw(expected) / pipe.vae.config.scaling_factor).sample)
-        assert relative(model.vae.to_images(latents), images) < 1e-4
+        assert relative(model.vae.to_images(latents), images) < GATE

@@ -50,8 +50,8 @@ def test_gradients_of_all_parameters_with_and_without_remat():
     """As a control uses the network: a pure function of its parameters, all of which matter."""
     config = UNetConfig(
         block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=24,

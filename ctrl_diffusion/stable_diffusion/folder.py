@@ -111,8 +111,10 @@ def load_folder(
             raise FileNotFoundError(f"{folder} holds no {SUBFOLDERS[part]}/: it is not a folder of Stable Diffusion.")
     options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, cast=cast)
 
-    def load(cls, part):
-        place = None if sharding is None else lambda name, shape: sharding(f"{part}.{name}", shape)
+    def load(cls: Any, part: str) -> Any:
+        def place(name, shape):
+            return None if sharding is None else sharding(f"{part}.{name}", shape)
+
         return load_network(cls, folder / part, **options, sharding=place)
 
     noising = read_noising(folder / "scheduler" / "scheduler_config.json")
