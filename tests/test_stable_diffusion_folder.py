@@ -1,6 +1,7 @@
 """Folders of Stable Diffusion: both layouts, what is refused, and what diffusers reads back."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -70,6 +71,13 @@ def assert_same(a: StableDiffusion, b: StableDiffusion):
     np.testing.assert_array_equal(tokenize(a.tokenizer, prompts), tokenize(b.tokenizer, prompts))
 
 
+def assert_equal(got, expected, through=None):
+    """The same parameters, `expected` rounded to a type on the way if one is given."""
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(nnx.state(network))) for network in (got, expected)), strict=True):
+        np.testing.assert_array_equal(a, b if through is None else b.astype(through).astype(b.dtype))
+        assert a.dtype == b.dtype
+
+
 def test_both_layouts_are_the_same_model(today, tmp_path):
     _, folder = today
     shutil.copytree(folder, tmp_path / "original")
@@ -95,6 +103,12 @@ def test_what_is_saved_is_what_was_loaded_here_and_in_diffusers(today, tmp_path)
     assert relative(model.unet(x, t, context), call(again.unet, x, t, context)) < GATE
 
 
+def test_every_parameter_of_a_folder_is_placed(today):
+    seen = {}
+    model = load_folder(today[1], sharding=lambda name, shape: seen.update({name: shape}))
+    assert seen == {".".join(map(str, path)): array.shape for path, array in flat(model).items()}
+
+
 def test_saving_replaces_a_folder_as_a_whole(today, tmp_path, monkeypatch):
     network = load_network(UNet, today[1] / "unet")
     save_network(network, tmp_path / "unet")
@@ -106,7 +120,13 @@ def test_saving_replaces_a_folder_as_a_whole(today, tmp_path, monkeypatch):
     monkeypatch.undo()
     save_network(network, tmp_path / "unet")
     assert sorted(path.name for path in (tmp_path / "unet").iterdir()) == ["config.json", UNET_FILE]
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+
+    def replace(source, target, replace=os.replace):
+        if os.path.basename(source) == "new":
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
     with pytest.raises(OSError, match="disk full"):
         save_network(network, tmp_path / "unet")
     assert len(list((tmp_path / "unet").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 1
@@ -117,8 +137,7 @@ def test_a_half_precision_network_is_saved_as_such(tmp_path):
     network = load_network(UNet, folder, param_dtype=jnp.bfloat16, cast=True)
     save_network(network, tmp_path / "half")
     assert {array.dtype.name for array in load_file(tmp_path / "half" / UNET_FILE).values()} == {"bfloat16"}
-    again = load_network(UNet, tmp_path / "half", param_dtype=jnp.bfloat16)
-    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), nnx.state(network), nnx.state(again)))
+    assert_equal(load_network(UNet, tmp_path / "half", param_dtype=jnp.bfloat16), network)
 
 
 # --- what is refused
@@ -175,13 +194,7 @@ def test_other_types_are_cast_on_request(folder, dtype):
     rewrite(folder / UNET_FILE, lambda tensors: {name: tensor.astype(dtype) for name, tensor in tensors.items()})
     with pytest.raises(ValueError, match="pass cast=True to convert it"):
         load_network(UNet, folder)
-    rounded = (
-        jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), nnx.state(exact))
-        if dtype != np.float64
-        else nnx.state(exact)
-    )
-    cast = nnx.state(load_network(UNet, folder, cast=True))
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and jnp.array_equal(a, b), cast, rounded))
+    assert_equal(load_network(UNet, folder, cast=True), exact, dtype)
 
 
 def test_missing_files(folder, tmp_path):
@@ -238,8 +251,7 @@ def shard(folder, count=3):
 def test_shards_by_diffusers(folder, tmp_path):
     diffusers.UNet2DConditionModel.from_pretrained(folder).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    whole, sharded = (nnx.state(load_network(UNet, path)) for path in (folder, tmp_path / "sharded"))
-    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), whole, sharded))
+    assert_equal(load_network(UNet, tmp_path / "sharded"), load_network(UNet, folder))
 
 
 def test_shards_that_disagree_with_their_index(folder):
