@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ctrl_diffusion.stable_diffusion import (
@@ -92,6 +93,8 @@ def test_what_is_saved_is_what_was_loaded_here_and_in_diffusers(today, tmp_path)
     save_folder(model, tmp_path / "saved")
     assert_same(load_folder(tmp_path / "saved"), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    with safe_open(tmp_path / "saved" / "text_encoder" / TEXT_FILE, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
     again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
     for part in ("unet", "vae", "text_encoder"):
         expected, got = getattr(pipe, part).state_dict(), getattr(again, part).state_dict()

@@ -182,7 +182,7 @@ def _check_tensor(stored: Stored, shape: tuple[int, ...], dtype: str, cast: bool
 def save_parameters(network: nnx.Module, file: Path, names: Names) -> None:
     """Write all parameters of a network to one safetensors file with today's names, one tensor after the other."""
     flat = {names.tensor(path): (path, variable[...]) for path, variable in nnx.to_flat_state(nnx.state(network))}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks whose axes these are
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers before 5 asks whose axes these are
     end = 0
     for name, (path, array) in sorted(flat.items()):
         begin, end = end, end + array.nbytes
