@@ -10,6 +10,7 @@ from . import (
     rewards as rewards,
     schedules as schedules,
     solvers as solvers,
+    stable_diffusion as stable_diffusion,
 )
 from .algorithms import (
     Algorithm as Algorithm,

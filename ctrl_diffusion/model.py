@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from . import predictions, schedules
+from .folders import replaced
 from .networks import ResidualMLP, score_control, split
 from .predictions import Prediction, V
 from .process import DiffusionProcess, Params
@@ -90,22 +89,9 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
         "grid": list(model.sampler.times),
         "solver": type(model.sampler.solver).__name__,
     }
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with replaced(Path(directory)) as temporary:
         (temporary / "model.json").write_text(json.dumps(description, indent=2) + "\n")
         safetensors.flax.save_file(_flat(model.params), str(temporary / "params.safetensors"))
-        temporary.chmod(0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            os.replace(directory, old / directory.name)
-            os.replace(temporary, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, solver: Any = None, grid=None) -> DiffusionModel:

@@ -1,0 +1,29 @@
+"""Folders that are either complete or absent: a reader never meets half of one."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write into; it takes the place of `folder` at the end, or vanishes on an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new, old = work / "new", work / "old"
+        new.mkdir()  # unlike mkdtemp's, with the user's usual permissions
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,32 @@
+"""Stable Diffusion 1.x and 2.x: its networks, and loaders for folders in the layout of diffusers.
+
+    model = load_folder("stable-diffusion-v1-5", dtype=jnp.bfloat16)
+    context = model.encode(["a photo of an astronaut riding a horse"])      # [b, 77, 768]
+    epsilon = model.unet(latents, timesteps, context)                       # [b, h/8, w/8, 4]
+    images = model.vae.to_images(latents)                                   # [b, h, w, 3] in [-1, 1]
+
+Images and latents are `[b, h, w, c]`. Nothing here imports torch.
+"""
+
+from .blocks import Layers as Layers
+from .clip_text import CLIPText as CLIPText, TextFeatures as TextFeatures
+from .config import (
+    CLIPTextConfig as CLIPTextConfig,
+    UNetConfig as UNetConfig,
+    VAEConfig as VAEConfig,
+    parse_config as parse_config,
+    read_config as read_config,
+)
+from .folder import (
+    StableDiffusion as StableDiffusion,
+    load_folder as load_folder,
+    load_network as load_network,
+    load_tokenizer as load_tokenizer,
+    save_folder as save_folder,
+    save_network as save_network,
+    tokenize as tokenize,
+)
+from .noising import Noising as Noising, parse_noising as parse_noising, read_noising as read_noising
+from .unet import UNet as UNet
+from .vae import VAE as VAE, Posterior as Posterior
+from .weights import abstract_network as abstract_network

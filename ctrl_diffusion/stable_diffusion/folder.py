@@ -1,0 +1,188 @@
+"""Stable Diffusion from and to a folder in the layout of diffusers: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..folders import replaced
+from . import names
+from .blocks import AttentionFn
+from .clip_text import CLIPText
+from .config import CLIPTextConfig, UNetConfig, VAEConfig, config_values, read_config
+from .noising import Noising, noising_values, read_noising
+from .unet import UNet
+from .vae import VAE
+from .weights import Placement, load_parameters, save_parameters
+
+StrPath = str | os.PathLike[str]
+Network = TypeVar("Network", UNet, VAE, CLIPText)
+
+
+class Kind(NamedTuple):
+    """What belongs to a class of networks: its description, the stem of its files and the names in them."""
+
+    config: Any
+    stem: str
+    names: Any  # config -> Names
+
+
+KINDS = {
+    UNet: Kind(UNetConfig, "diffusion_pytorch_model", lambda config: names.UNET),
+    VAE: Kind(VAEConfig, "diffusion_pytorch_model", lambda config: names.VAE),
+    CLIPText: Kind(CLIPTextConfig, "model", lambda config: names.clip_text(config.max_position_embeddings)),
+}
+
+
+class StableDiffusion(NamedTuple):
+    """All parts of a text-to-image model."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPText
+    tokenizer: Any
+    noising: Noising
+
+    def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Array, "b n e"]:
+        """What the UNet attends to, for each prompt; see `tokenize`."""
+        ids = tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings, truncate=truncate)
+        return self.text_encoder(jnp.asarray(ids)).last_hidden_state
+
+
+def load_network(
+    cls: type[Network],
+    folder: StrPath,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    remat: bool = False,
+    attention: AttentionFn = jax.nn.dot_product_attention,
+    cast: bool = False,
+    sharding: Placement | None = None,
+) -> Network:
+    """A network from the folder of its `config.json` and safetensors files.
+
+    Args:
+        cls: `UNet`, `VAE` or `CLIPText`.
+        folder: for example `stable-diffusion-v1-5/unet`.
+        dtype: what is computed in; default: the parameters' type.
+        param_dtype: of the parameters. Files of another type are refused unless `cast`.
+        remat, attention: see `cls`.
+        cast: convert files of another floating-point type to `param_dtype`.
+        sharding: `sharding(name, shape)` says where the parameter `name`, for example
+            `down_blocks.0.resnets.0.conv1.kernel`, is put; `None`: on the default device.
+    """
+    folder, kind = Path(folder), KINDS[cls]
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
+    config = read_config(kind.config, path)
+
+    def make(rngs):
+        return cls(config, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, rngs=rngs)
+
+    return load_parameters(make, folder, kind.stem, kind.names(config), cast=cast, sharding=sharding)
+
+
+def load_folder(
+    folder: StrPath,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    remat: bool = False,
+    attention: AttentionFn = jax.nn.dot_product_attention,
+    cast: bool = False,
+    sharding: Placement | None = None,
+) -> StableDiffusion:
+    """All parts of a model; arguments as for `load_network`, in which `sharding` gets names that begin with the subfolder's.
+
+    Both layouts are read: what diffusers writes today, and the original repositories of Stable Diffusion 1.x. Everything else
+    in the folder (safety checker, feature extractor, pickled and half-precision variants) is ignored.
+    """
+    folder = Path(folder)
+    for part in StableDiffusion._fields:
+        if not (folder / SUBFOLDERS[part]).is_dir():
+            raise FileNotFoundError(f"{folder} holds no {SUBFOLDERS[part]}/: it is not a folder of Stable Diffusion.")
+    options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, cast=cast)
+
+    def load(cls: Any, part: str) -> Any:
+        def place(name, shape):
+            return None if sharding is None else sharding(f"{part}.{name}", shape)
+
+        return load_network(cls, folder / part, **options, sharding=place)
+
+    noising = read_noising(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return StableDiffusion(load(UNet, "unet"), load(VAE, "vae"), load(CLIPText, "text_encoder"), tokenizer, noising)
+
+
+SUBFOLDERS = {part: part for part in StableDiffusion._fields} | {"noising": "scheduler"}
+
+
+def load_tokenizer(folder: StrPath) -> Any:
+    """CLIP's tokenizer, transformers' `CLIPTokenizer`; nothing is fetched."""
+    from transformers import CLIPTokenizer  # takes seconds to import
+
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int = 77, *, truncate: bool = False) -> np.ndarray:
+    """Token ids, int32 `[b, length]`: begin of text, the prompt, end of text, and the tokenizer's padding.
+
+    Args:
+        truncate: cut longer prompts off instead of refusing them.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts={prompts!r} must be a sequence of strings: pass [prompts].")
+    options = dict(padding="max_length", max_length=length, truncation=truncate, return_attention_mask=False)
+    ids = tokenizer(list(prompts), **options)["input_ids"]
+    for prompt, row in zip(prompts, ids):
+        if len(row) > length:
+            raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens, over {length}: shorten it or pass truncate=True.")
+    return np.asarray(ids, np.int32).reshape(-1, length)
+
+
+def save_network(network: UNet | VAE | CLIPText, folder: StrPath) -> None:
+    """Write `config.json` and one safetensors file; `folder` is replaced as a whole, never half-written."""
+    with replaced(Path(folder)) as temporary:
+        _write_network(network, temporary)
+
+
+def save_folder(model: StableDiffusion, folder: StrPath) -> None:
+    """Write all parts as diffusers' `StableDiffusionPipeline` reads them; `folder` is replaced as a whole, never half-written."""
+    with replaced(Path(folder)) as temporary:
+        for part, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
+            (temporary / part).mkdir()
+            _write_network(network, temporary / part)
+        model.tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        (temporary / "scheduler").mkdir()
+        _write_json(temporary / "scheduler" / "scheduler_config.json", noising_values(model.noising))
+        _write_json(temporary / "model_index.json", _index(model))
+
+
+def _write_network(network: UNet | VAE | CLIPText, folder: Path) -> None:
+    kind = KINDS[type(network)]
+    _write_json(folder / "config.json", config_values(network.config))
+    save_parameters(network, folder / f"{kind.stem}.safetensors", kind.names(network.config))
+
+
+def _index(model: StableDiffusion) -> dict[str, Any]:
+    parts = {
+        "scheduler": ["diffusers", model.noising.scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    none = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    return {"_class_name": "StableDiffusionPipeline", **parts, **none, "requires_safety_checker": False}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

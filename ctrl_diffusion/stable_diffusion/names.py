@@ -1,0 +1,92 @@
+"""What the tensors of the networks are called in files, and how they lie there."""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Path = tuple[Any, ...]  # of a parameter in a module: ("down_blocks", 0, "resnets", 1, "conv1", "kernel")
+Renamings = tuple[tuple[str, str], ...]  # (pattern, replacement), applied in order
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}  # [in, out] -> [out, in] and [h, w, in, out] -> [out, in, h, w]
+
+
+class Names(NamedTuple):
+    """The names of one network's tensors.
+
+    `renamed`: from a path in the module to what is written today. `older`: from what older files say to what is written today.
+    `constants`: tensors that hold no parameter, with the only value that they may have; they can be absent.
+    """
+
+    renamed: Renamings
+    older: Renamings = ()
+    constants: tuple[tuple[str, np.ndarray], ...] = ()
+
+    def module(self, path: Path) -> str:
+        """Today's name of the module that lies at a path (adapters name modules so, too)."""
+        return _rename(".".join(map(str, path)), self.renamed)
+
+    def tensor(self, path: Path) -> str:
+        """Today's name of the parameter that lies at a path."""
+        return f"{self.module(path[:-1])}.{LEAVES[path[-1]]}"
+
+    def today(self, name: str) -> str:
+        """Today's name of a tensor in a file of any age."""
+        return _rename(name, self.older)
+
+
+def _rename(name: str, renamings: Renamings) -> str:
+    for pattern, replacement in renamings:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_file(path: Path, array: np.ndarray) -> np.ndarray:
+    """A parameter as it lies in a file."""
+    return array.transpose(AXES.get((path[-1], array.ndim), range(array.ndim)))
+
+
+def from_file(path: Path, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_file`."""
+    return array.transpose(np.argsort(AXES.get((path[-1], array.ndim), range(array.ndim))))
+
+
+def shape_in_file(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `to_file` of an array of this shape."""
+    return tuple(shape[i] for i in AXES.get((path[-1], len(shape)), range(len(shape))))
+
+
+UNET = Names(
+    renamed=(
+        (r"\bto_out\b", "to_out.0"),
+        (r"\bff\.enter\b", "ff.net.0.proj"),
+        (r"\bff\.leave\b", "ff.net.2"),
+        (r"\bdownsampler\b", "downsamplers.0.conv"),
+        (r"\bupsampler\b", "upsamplers.0.conv"),
+    )
+)
+
+VAE = Names(
+    renamed=(
+        (r"\b(attentions\.\d+)\.attention\b", r"\1"),
+        (r"\bto_out\b", "to_out.0"),
+        (r"\bdownsampler\b", "downsamplers.0.conv"),
+        (r"\bupsampler\b", "upsamplers.0.conv"),
+    ),
+    older=(
+        (r"\bquery\b", "to_q"),
+        (r"\bkey\b", "to_k"),
+        (r"\bvalue\b", "to_v"),
+        (r"\bproj_attn\b", "to_out.0"),
+    ),
+)
+
+
+def clip_text(positions: int) -> Names:
+    """Names of a text encoder with so many positions."""
+    return Names(
+        renamed=((r"\bto_([qkv])\b", r"\1_proj"), (r"\bto_out\b", "out_proj")),
+        older=((r"^text_model\.", ""),),
+        constants=(("embeddings.position_ids", np.arange(positions)[None]),),
+    )

@@ -1,0 +1,160 @@
+"""The noise that a model was trained with, read from `scheduler_config.json`, as a schedule and time grids of this library."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..predictions import EPSILON, X0, Prediction, V
+from ..process import DiffusionProcess
+from ..schedules import VPTable
+from ..solvers import from_timesteps, leading, linspaced, trailing
+from .config import Fixed, check_supported, parse_config
+
+PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "sample": X0}
+# what an absent set_alpha_to_one means
+ENDS_AT_DATA = {"DDIMScheduler": True, "DDPMScheduler": True, "PNDMScheduler": False}
+MAX_BETA = 0.999  # where the cosine table is cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Noising:
+    """Discrete noising, in diffusers' names; the defaults are Stable Diffusion 1.5.
+
+    Only the noise and the timesteps are taken from a file. The class of its scheduler, `scheduler`, decides what absent entries
+    mean, but not how one samples: that is a solver of this library.
+
+    Timestep `i` is noising time `(i + 1) / num_train_timesteps`. `set_alpha_to_one`: sampling ends at zero noise; otherwise at
+    the first entry of the table, noising time `1 / num_train_timesteps`.
+    """
+
+    scheduler: str = "PNDMScheduler"
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+
+    absent: ClassVar[Mapping[str, Any]] = {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "steps_offset": 0,
+    }
+    fixed: ClassVar[Fixed] = {
+        "trained_betas": (None,),
+        "clip_sample": (False,),
+        "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+    }
+    ignored: ClassVar[tuple[str, ...]] = (
+        *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),  # of clipping, which is refused
+        *("skip_prk_steps", "variance_type"),  # of solvers
+    )
+
+    def __post_init__(self):
+        check_supported("_class_name", {self.scheduler}, set(ENDS_AT_DATA))
+        check_supported("beta_schedule", {self.beta_schedule}, set(TABLES))
+        check_supported("prediction_type", {self.prediction_type}, set(PREDICTIONS))
+        check_supported("timestep_spacing", {self.timestep_spacing}, {"leading", "trailing", "linspace"})
+
+    @property
+    def betas(self) -> np.ndarray:
+        """The table, float64 `[num_train_timesteps]`."""
+        return TABLES[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts."""
+        return PREDICTIONS[self.prediction_type]
+
+    @property
+    def end(self) -> float:
+        """Noising time at which sampling ends."""
+        return 0.0 if self.set_alpha_to_one else 1 / self.num_train_timesteps
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """The timesteps at which the network is called, noisiest first.
+
+        They are `steps`, or one less if the last is the end of sampling itself: that step would change nothing.
+        """
+        if self.timestep_spacing == "leading":
+            table = leading(steps, self.num_train_timesteps, self.steps_offset)
+        else:
+            table = (trailing if self.timestep_spacing == "trailing" else linspaced)(steps, self.num_train_timesteps)
+        table = table if self.set_alpha_to_one else table[table > 0]
+        if not len(table):
+            raise ValueError(f"steps={steps}: the only timestep is 0, where sampling ends. Take more steps.")
+        return table
+
+    def grid(self, steps: int) -> np.ndarray:
+        """Control times of these timesteps and the end."""
+        return from_timesteps(self.timesteps(steps), self.num_train_timesteps, end=self.end)
+
+    def schedule(self, steps: int) -> VPTable:
+        """The table as a schedule, restricted to what `steps` steps visit: "leading" ones start short of the noisiest."""
+        first = (int(self.timesteps(steps)[0]) + 1) / self.num_train_timesteps
+        return VPTable(betas=tuple(self.betas.tolist()), tau_min=self.end, tau_max=first)
+
+    def process(self, steps: int, eta: float = 1.0) -> DiffusionProcess:
+        """The diffusion process on `grid(steps)`."""
+        return DiffusionProcess(self.schedule(steps), eta=eta)
+
+    def timestep(self, tau: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The network's timestep at noising time `tau`, to the nearest 1/1024.
+
+        The rounding undoes that of control times in float32, which would leave whole timesteps whole to 1e-4 only.
+        """
+        return jnp.round(1024 * (self.num_train_timesteps * tau - 1)) / 1024
+
+
+def _linear(start: float, end: float, count: int) -> np.ndarray:
+    return np.linspace(start, end, count)
+
+
+def _scaled_linear(start: float, end: float, count: int) -> np.ndarray:
+    return np.linspace(start**0.5, end**0.5, count) ** 2
+
+
+def _cosine(start: float, end: float, count: int) -> np.ndarray:
+    """Nichol and Dhariwal 2021, eq. 17; `start` and `end` have no part in it."""
+    products = np.cos(0.5 * np.pi * (np.arange(count + 1) / count + 0.008) / 1.008) ** 2
+    return np.minimum(1 - products[1:] / products[:-1], MAX_BETA)
+
+
+TABLES = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2": _cosine}
+
+
+def read_noising(path: Path) -> Noising:
+    """The noising that a `scheduler_config.json` describes."""
+    try:
+        return parse_noising(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_noising(values: Mapping[str, Any]) -> Noising:
+    """The same from a dictionary."""
+    name = values.get("_class_name")
+    check_supported("_class_name", {str(name)}, set(ENDS_AT_DATA))
+    absent = {"set_alpha_to_one": ENDS_AT_DATA[str(name)], "clip_sample": name != "PNDMScheduler"}
+    values = absent | {key: value for key, value in values.items() if not key.startswith("_")}
+    return parse_config(Noising, values | {"scheduler": name})
+
+
+def noising_values(noising: Noising) -> dict[str, Any]:
+    """What to write into a `scheduler_config.json`."""
+    values = dataclasses.asdict(noising)
+    name = values.pop("scheduler")
+    if name == "DDPMScheduler":  # always ends at zero noise
+        del values["set_alpha_to_one"]
+    extra = {"skip_prk_steps": True} if name == "PNDMScheduler" else {"clip_sample": False}
+    return {"_class_name": name, **values, **extra, "trained_betas": None}

@@ -1,0 +1,157 @@
+"""The autoencoder between images and latents."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .blocks import AttentionFn, Images, Layers, PixelAttention, Resized, ResNetBlock, recomputed, upsample
+from .config import VAEConfig
+
+EPS = 1e-6  # of every norm
+
+
+class Posterior(NamedTuple):
+    """A Gaussian with independent entries: the encoder's law of the latents `[b, h, w, c]` given the image."""
+
+    mean: Images
+    logvar: Images
+
+
+def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int, layers: Layers) -> list[ResNetBlock]:
+    widths = [inputs] + [outputs] * (count - 1)
+    return [ResNetBlock(n, outputs, 0, config.norm_num_groups, EPS, layers) for n in widths]
+
+
+class EncoderBlock(nnx.Module):
+    """ResNet blocks, then half the resolution: a stride of 2 over an image padded by one pixel at the right and bottom alone."""
+
+    def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
+        channels, last = config.block_out_channels, i == len(config.block_out_channels) - 1
+        self.remat = remat
+        self.resnets = nnx.List(_resnets(config, channels[max(i - 1, 0)], channels[i], config.layers_per_block, layers))
+        self.downsampler = None if last else layers.conv(channels[i], channels[i], stride=2, padding=(0, 1))
+
+    def __call__(self, h: Images) -> Resized:
+        for resnet in self.resnets:
+            h = recomputed(resnet, self.remat)(h)
+        return h if self.downsampler is None else self.downsampler(h)
+
+
+class DecoderBlock(nnx.Module):
+    """ResNet blocks at resolution `i` (0 the finest), then twice the resolution."""
+
+    def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
+        channels, coarsest = config.block_out_channels, len(config.block_out_channels) - 1
+        self.remat = remat
+        self.resnets = nnx.List(
+            _resnets(config, channels[min(i + 1, coarsest)], channels[i], config.layers_per_block + 1, layers)
+        )
+        self.upsampler = layers.conv(channels[i], channels[i]) if i else None
+
+    def __call__(self, h: Images) -> Resized:
+        for resnet in self.resnets:
+            h = recomputed(resnet, self.remat)(h)
+        return h if self.upsampler is None else self.upsampler(upsample(h, 2 * h.shape[1], 2 * h.shape[2]))
+
+
+class MidBlock(nnx.Module):
+    """A ResNet block, self-attention and a ResNet block at the coarsest resolution."""
+
+    def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
+        channels = config.block_out_channels[-1]
+        self.remat = remat
+        self.resnets = nnx.List(_resnets(config, channels, channels, 2, layers))
+        self.attentions = nnx.List([PixelAttention(channels, config.norm_num_groups, layers)])
+
+    def __call__(self, h: Images) -> Images:
+        for block in (self.resnets[0], self.attentions[0], self.resnets[1]):
+            h = recomputed(block, self.remat)(h)
+        return h
+
+
+class Encoder(nnx.Module):
+    """Images to the parameters of the posterior, before `quant_conv`."""
+
+    def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
+        channels = config.block_out_channels
+        self.conv_in = layers.conv(config.in_channels, channels[0])
+        self.down_blocks = nnx.List([EncoderBlock(config, i, layers, remat) for i in range(len(channels))])
+        self.mid_block = MidBlock(config, layers, remat)
+        self.conv_norm_out = layers.group_norm(channels[-1], config.norm_num_groups, EPS)
+        self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels)
+
+    def __call__(self, x: Images) -> Resized:
+        h = self.conv_in(x)
+        for block in self.down_blocks:
+            h = block(h)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(h))))
+
+
+class Decoder(nnx.Module):
+    """Latents after `post_quant_conv` to images."""
+
+    def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
+        channels = config.block_out_channels
+        self.conv_in = layers.conv(config.latent_channels, channels[-1])
+        self.mid_block = MidBlock(config, layers, remat)
+        self.up_blocks = nnx.List([DecoderBlock(config, i, layers, remat) for i in reversed(range(len(channels)))])
+        self.conv_norm_out = layers.group_norm(channels[0], config.norm_num_groups, EPS)
+        self.conv_out = layers.conv(channels[0], config.out_channels)
+
+    def __call__(self, z: Images) -> Resized:
+        h = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            h = block(h)
+        return self.conv_out(nnx.silu(self.conv_norm_out(h)))
+
+
+class VAE(nnx.Module):
+    """Images `[b, H, W, 3]` in [-1, 1] to latents `[b, h, w, 4]` and back; Stable Diffusion's latents are an eighth as high.
+
+    Kingma and Welling 2014, Rombach et al. 2022, as diffusers' `AutoencoderKL`. `encode` and `decode` are in the autoencoder's
+    own units; the diffusion model's latents are `config.scaling_factor` times those.
+
+    Args:
+        config: the architecture.
+        dtype: what is computed in; default: the parameters' type.
+        param_dtype: of the parameters.
+        remat: recompute the encoder and the decoder block by block for the gradient.
+        attention: see `Layers`.
+        rngs: random numbers for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        attention: AttentionFn = jax.nn.dot_product_attention,
+        rngs: nnx.Rngs,
+    ):
+        layers = Layers(rngs, dtype, param_dtype, attention)
+        self.config, self.dtype = config, dtype
+        self.encoder = Encoder(config, layers, remat)
+        self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, size=1)
+        self.post_quant_conv = layers.conv(config.latent_channels, config.latent_channels, size=1)
+        self.decoder = Decoder(config, layers, remat)
+
+    def encode(self, images: Images) -> Posterior:
+        """The posterior of the latents; its `logvar` is cut off at -30 and 20, as by every writer of such models."""
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(images.dtype), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, -30, 20))
+
+    def decode(self, z: Images) -> Resized:
+        """Images in about [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(z)).astype(z.dtype)
+
+    def to_latents(self, images: Images) -> Resized:
+        """The diffusion model's latents of images: the posterior's mean, scaled."""
+        return self.config.scaling_factor * self.encode(images).mean
+
+    def to_images(self, latents: Images) -> Resized:
+        """Images of the diffusion model's latents."""
+        return self.decode(latents / self.config.scaling_factor)
