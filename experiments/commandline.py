@@ -14,7 +14,7 @@ def execute(run: Callable[[C], Any], config: type[C], description: str | None, m
     parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}")
     try:
         run(parsed)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

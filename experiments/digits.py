@@ -114,6 +114,8 @@ class Config:
     """Decay per update of a running average of the parameters, which is then evaluated and saved (as 0.99; default: none)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
+    use_previous_checkpoint: bool = False
+    """If the newest checkpoint cannot be read, delete it and resume from the one before."""
     devices: Devices = Devices()
     """Devices that share the run."""
 
@@ -156,7 +158,7 @@ def run(
         config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight, layout
     )  # refuses what does not fit
 
-    directory = RunDirectory(config.out, _settings(config, kl_weight, reward, data, network))
+    directory = RunDirectory(config.out, _settings(config, kl_weight, reward, data, network), config.use_previous_checkpoint)
     if directory.metrics is not None:
         if not (config.out / "report.html").exists():
             write_report(config.out)
@@ -284,6 +286,7 @@ def _algorithm(
     return algorithm, value_params if choice.learns_value else ()
 
 
+_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint")
 _STREAMS = ("classifier", "pretrain", "reference", "finetune", "evaluation")
 
 
@@ -322,7 +325,7 @@ def _check(config: Config, reward, images: datasets.Images) -> float:
 
 def _settings(config: Config, kl_weight: float, reward, data, network) -> dict[str, Any]:
     """What identifies a run, as JSON."""
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "devices")} | {
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in _NOT_IDENTIFYING} | {
         "kl_weight": kl_weight
     }
     if reward is not None:

@@ -22,8 +22,8 @@ class RunDirectory:
     (and all of them checkpoints, each its part); they must see the same folder.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any], use_previous_checkpoint: bool = False):
+        self.path, self._use_previous = path, use_previous_checkpoint
         self._check_config(config)
         _wait("settings are checked")
         if is_first():
@@ -97,7 +97,7 @@ class RunDirectory:
             self._tensorboard = None
 
     def checkpoints(self, phase: str) -> "Checkpoints":
-        return Checkpoints(self.path / "checkpoints" / phase)
+        return Checkpoints(self.path / "checkpoints" / phase, self._use_previous)
 
 
 def _wait(what: str) -> None:
@@ -124,10 +124,13 @@ class Results:
 
 
 class Checkpoints:
-    """Asynchronous, atomic checkpoints of one phase; the last two are kept."""
+    """Asynchronous, atomic checkpoints of one phase; the last two are kept.
 
-    def __init__(self, path: Path):
-        self.path = path
+    With `use_previous` a checkpoint that cannot be read is deleted, and the one before it is used.
+    """
+
+    def __init__(self, path: Path, use_previous: bool = False):
+        self.path, self.use_previous = path, use_previous
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._manager = ocp.CheckpointManager(path.absolute(), options=options)
 
@@ -150,10 +153,16 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
         except Exception as error:
             others = _listed(s for s in self._manager.all_steps() if s != step)
-            raise ValueError(
-                f"checkpoint {self.path / str(step)} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                f"Delete that folder to resume from {others}."
-            ) from error
+            message = (
+                f"checkpoint {self.path / str(step)} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})"
+            )
+            if not self.use_previous:
+                raise ValueError(
+                    f"{message}. Delete that folder, or pass --use-previous-checkpoint, to resume from {others}."
+                ) from error
+            print(f"warning: {message}; it is deleted, and the run goes on from {others}.")
+            self._manager.delete(step)
+            return self.restore(like)
         return step, restored["state"], restored["notes"]
 
     def close(self) -> None:

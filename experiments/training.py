@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
 from ctrl_diffusion import DiffusionModel, denoising_loss
 from ctrl_diffusion.algorithms import Algorithm, Info, State
-from ctrl_diffusion.parallel import ONE_DEVICE, Layout
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
+from ctrl_diffusion.rewards import RewardError
 
 from .rundir import RunDirectory
 
@@ -123,7 +125,15 @@ def finetune(
     with tqdm(total=iterations, initial=done, desc="fine-tuning", unit="iteration") as bar:
         while done < iterations and stop == "finished":
             begin = time.perf_counter()
-            state, info = algorithm.step(jax.random.fold_in(key, done), state)
+            try:
+                state, info = algorithm.step(jax.random.fold_in(key, done), state)
+            except RewardError as error:  # nothing has been learned yet
+                if checkpoints.latest() != done:
+                    checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+                checkpoints.close()
+                raise RewardError(
+                    f"iteration {done}: {error}. The state before this iteration is kept: the same command goes on from there."
+                ) from error
             row = _row(info, done)
             seconds += time.perf_counter() - begin
             if kl_budget is not None and row["path_kl"] > kl_budget:
@@ -144,13 +154,20 @@ def finetune(
     return state, Progress(done, seconds, stop)
 
 
+def _some(numbers: np.ndarray) -> str:
+    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more are" if len(numbers) > 5 else " are")
+
+
 def _row(info: Info, iteration: int) -> dict[str, Any]:
     """Metrics as floats; a non-finite loss or gradient ends the run, with the last checkpoint untouched."""
     row = {name: float(v) for name, v in jax.device_get(info.metrics).items()}
     bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not jnp.isfinite(row.get(name, 0.0))]
     if bad:
+        x = whole(info.samples)
+        lost = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
+        samples = f"the final states of samples {_some(lost)}" if len(lost) else "no final state is"
         raise FloatingPointError(
-            f"{bad[0]} is {row[bad[0]]} in iteration {iteration}: the last checkpoint is kept. "
+            f"{bad[0]} is {row[bad[0]]} in iteration {iteration} ({samples} not finite): the last checkpoint is kept. "
             "Lower the learning rates or --clip."
         )
     return row

@@ -1,13 +1,18 @@
-"""`python -m tests.killed OUT POINT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never."""
+"""`python -m tests.killed OUT POINT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never.
+
+With the point "disk" no file may grow beyond a kilobyte from the third checkpoint on, as on a full disk.
+"""
 
 import dataclasses
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 from ctrl_diffusion.parallel import Layout
 from experiments import digits, rundir
+from experiments.commandline import execute
 
 CONFIG = digits.Config(
     algorithm="sqdf", steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=6, batch=24, minibatches=2,
@@ -39,7 +44,17 @@ def main(out, point):
         Layout.paced = killing(Layout.paced, 18, before=False)
     elif point == "checkpoint":  # the third checkpoint is being written in the background
         rundir.Checkpoints.save = killing(rundir.Checkpoints.save, 3, before=False)
-    digits.run(dataclasses.replace(CONFIG, out=Path(out)))
+    elif point == "disk":
+        save, calls = rundir.Checkpoints.save, []
+
+        def full(*args):
+            calls.append(None)
+            if len(calls) == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            save(*args)
+
+        rundir.Checkpoints.save = full
+    sys.exit(execute(digits.run, lambda: dataclasses.replace(CONFIG, out=Path(out)), None, "tests.killed", []))
 
 
 if __name__ == "__main__":

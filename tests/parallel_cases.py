@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,27 @@ def test_accumulation_gives_the_same_update(name):
         state = iteration(name, layout, minibatches=1, accumulation=4)[0]
         for a, b in zip(leaves(state), leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rollouts_in_parts_are_the_same_paths():
+    alone, info = iteration("pathwise, one step", Layout(), minibatches=1)
+    state, found = iteration("pathwise, one step", Layout(), minibatches=1, rollouts=4, reward=cd.differentiable(EXACT.reward))
+    np.testing.assert_array_equal(found.samples, info.samples)
+    for a, b in zip(leaves(state), leaves(alone)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="rollouts=5 must divide batch=32"):
+        iteration("pathwise, one step", Layout(), rollouts=5)
+
+
+def test_the_devices_sample_while_the_host_judges(monkeypatch):
+    """All parts are handed to the devices before the host waits for the first."""
+    events = []
+    module = sys.modules["ctrl_diffusion.algorithms.compose"]
+    paced, judge = Layout.paced, module.evaluate_parts
+    monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
+    monkeypatch.setattr(module, "evaluate_parts", lambda reward, x: events.append("host") or judge(reward, x))
+    iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
+    assert events[:5] == ["device", "device", "host", "host", "device"]
 
 
 def test_statistics_of_a_minibatch_are_not_accumulated():
