@@ -1,6 +1,7 @@
 """Matrix products in bfloat16, and nothing else: states, likelihoods, prices and parameters stay float32."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,7 +31,7 @@ def products(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield tuple(v.aval.dtype.name for v in eqn.invars)
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from products(inner)
 
 
