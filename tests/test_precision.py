@@ -55,5 +55,7 @@ def test_an_iteration_keeps_its_state_in_float32():
     state, info = algorithm.step(jax.random.key(0), algorithm.init(params))
     floats = [leaf for leaf in jax.tree.leaves((state, info)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype.name for leaf in floats} == {"float32"}
-    assert float(info.metrics["first_log_ratio"]) < 1e-3  # the policy has not moved: the ratio is 1 but for a rare other rounding
+    assert (
+        float(info.metrics["first_log_ratio"]) < 1e-3
+    )  # the policy has not moved: the ratio is 1 but for a rare other rounding
     assert max(np.max(np.abs(a - b)) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.reference))) > 0
