@@ -61,6 +61,7 @@ from .rewards import (
     black_box as black_box,
     differentiable as differentiable,
     pooled as pooled,
+    seen_through as seen_through,
     weighted_sum as weighted_sum,
 )
 from .sampler import (

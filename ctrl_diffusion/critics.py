@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from .objective import Objective, Rollout, Rows, advantages, to_go, value_increments
-from .process import Params
+from .process import Cond, Params
 from .values import AbstractValue
 
 Target = Callable[[Objective, Rollout], Float[Array, "n b"]]
@@ -81,7 +81,7 @@ class Critic(eqx.Module):
     def values(self, params: Params, rollout: Rollout) -> Float[Array, "K b"]:
         """Values of all recorded states, the last ones being the rewards."""
         rows = (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat)
-        values = jax.lax.map(lambda row: self.value(params, *row), rows)
+        values = jax.lax.map(lambda row: self.value(params, *row, rollout.cond), rows)
         return jnp.concatenate([values, rollout.reward[None]])
 
     def targets(self, objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
@@ -95,21 +95,21 @@ class Critic(eqx.Module):
 
     def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
         """Loss of the regression on rows `[m]`."""
-        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat)
+        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
         return self.loss(value, rows.target, objective.kl_weight)
 
-    def __call__(self, params: Params, objective: Objective, reference: Params, t, x) -> Float[Array, " m"]:
-        """`V(t, x)` as a differentiable function of `x` `[m, *x]`.
+    def __call__(self, params: Params, objective: Objective, reference: Params, t, x, cond: Cond = None) -> Float[Array, " m"]:
+        """`V(t, x)` as a differentiable function of `x` `[m, *x]`, under conditions `[m, ...]`.
 
         With a black-box reward only values that do not use the reward have one, and only before `t1`.
         """
         x_hat, r_hat = x, jnp.zeros(x.shape[0], x.dtype)
         if self.value.uses_reward:
-            action = objective.sampler.control(reference, t, x, None)
-            x_hat = objective.lookahead(objective.sampler, reference, t, x, action)
+            action = objective.sampler.control(reference, t, x, cond)
+            x_hat = objective.lookahead(objective.sampler, reference, t, x, action, cond)
         if objective.reward.differentiable:
-            r_hat = objective.reward.fn(x_hat)
-        return self.value(params, t, x, x_hat, r_hat)
+            r_hat = objective.reward(x_hat, cond)
+        return self.value(params, t, x, x_hat, r_hat, cond)
 
 
 class MartingaleCritic(Critic):
@@ -126,5 +126,5 @@ class MartingaleCritic(Critic):
     def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
         dt = jnp.diff(objective.sampler.ts)
         weight = jnp.sqrt(dt / jnp.mean(dt))[rows.j]
-        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat)
+        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
         return self.loss(weight * value, weight * rows.target, objective.kl_weight)

@@ -15,17 +15,19 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from .exploration import AbstractExploration, Brownian, shift
+from .groups import Same, mean_within
 from .predictions import expand
-from .process import DiffusionProcess, Params, State
+from .process import Cond, DiffusionProcess, Params, State
 from .rewards import Reward, as_reward
 from .sampler import Sampler, log_ratio
 from .solvers import ExponentialEuler
 
 Penalty = Callable[[Float[Array, "..."]], Float[Array, "..."]]
-Lookahead = Callable[[Sampler, Params, Float[Array, ""] | Float[Array, " m"], State, State], State]
+Lookahead = Callable[[Sampler, Params, Float[Array, ""] | Float[Array, " m"], State, State, Cond], State]
+Conditions = Callable[[Key[Array, ""], int], Cond]
 
 
 def path_kl(kl: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -43,12 +45,12 @@ def squared_hellinger(kl: Float[Array, "..."]) -> Float[Array, "..."]:
     return -jnp.expm1(-0.25 * kl)
 
 
-def posterior_mean(sampler: Sampler, reference: Params, t, x: State, action: State) -> State:
+def posterior_mean(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
     """Mean of the final state under the noising law of the score `action` (Tweedie); `x` itself at `t1`."""
     return sampler.process.terminal_mean(t, x, action)
 
 
-def present_state(sampler: Sampler, reference: Params, t, x: State, action: State) -> State:
+def present_state(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
     """No look ahead: `x` itself."""
     return x
 
@@ -61,7 +63,7 @@ def few_step_ode(steps: int) -> Lookahead:
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
 
-    def lookahead(sampler: Sampler, reference: Params, t, x: State, action: State) -> State:
+    def lookahead(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
         process = sampler.process
         if not isinstance(process, DiffusionProcess):
             raise TypeError(f"few_step_ode follows a probability flow, which {type(process).__name__} does not have.")
@@ -69,7 +71,7 @@ def few_step_ode(steps: int) -> Lookahead:
         h = (process.t1 - t) / steps
         for i in range(steps):
             if i > 0:
-                action = sampler.control(reference, t + i * h, x, None)
+                action = sampler.control(reference, t + i * h, x, cond)
             phi, psi, _ = flow.transition(ExponentialEuler(), t + i * h, t + (i + 1) * h)
             x = expand(phi, x) * x + expand(psi, x) * action
         return x
@@ -81,7 +83,8 @@ class Rows(NamedTuple):
     """What a loss is computed on: `[m]` (time, sample) pairs, or `[m, n]` whole paths; `j` is the control interval.
 
     `signal` is what the estimator computed ahead: advantages `[m]`, target actions `[m, *x]`, or nothing. `x_next` is the state
-    at the end of the interval, `weight` what its loss counts (1, unless times are sampled unevenly).
+    at the end of the interval, `weight` what its loss counts (1, unless times are sampled unevenly), `cond` the conditions of the
+    rows, arrays `[m, ...]` (`None` where there are none).
     """
 
     j: Int[Array, "..."]
@@ -95,10 +98,14 @@ class Rows(NamedTuple):
     weight: Float[Array, "..."]
     target: Float[Array, "..."]
     signal: Float[Array, "..."]
+    cond: Cond = None
 
 
 class Rollout(NamedTuple):
-    """A batch of paths made by an old policy, with what is needed to judge them; `n = K - 1` intervals."""
+    """A batch of paths made by an old policy, with what is needed to judge them; `n = K - 1` intervals.
+
+    `cond` are the conditions of the paths, arrays `[b, ...]` (`None` where there are none).
+    """
 
     t: Float[Array, " K"]
     x: Float[Array, "K b *x"]
@@ -108,6 +115,7 @@ class Rollout(NamedTuple):
     x_hat: Float[Array, "n b *x"]
     r_hat: Float[Array, "n b"]
     reward: Float[Array, " b"]
+    cond: Cond = None
 
 
 class Objective(eqx.Module):
@@ -120,14 +128,17 @@ class Objective(eqx.Module):
         exploration: how paths are made and judged (default `Brownian()`).
         penalty: price of a step as a function of its KL (default: the KL itself; others are f-divergences *per step*).
         lookahead: the guess of the final state that values build on (default `posterior_mean`).
+        conditions: what paths are sampled for, such as prompts: the law `(key, n) -> arrays [n, ...]` of an iteration's conditions, which
+            control, value and (conditional) reward are given row by row; `None`: there are none.
     """
 
     sampler: Sampler
-    reward: Reward = eqx.field(static=True)
+    reward: Reward
     kl_weight: float = eqx.field(static=True)
     exploration: AbstractExploration
     penalty: Penalty = eqx.field(static=True)
     lookahead: Lookahead = eqx.field(static=True)
+    conditions: Conditions | None = eqx.field(static=True)
     scales: Float[Array, " n"]
     price_scales: Float[Array, " n"]
 
@@ -140,6 +151,7 @@ class Objective(eqx.Module):
         exploration: AbstractExploration | None = None,
         penalty: Penalty = path_kl,
         lookahead: Lookahead = posterior_mean,
+        conditions: Conditions | None = None,
     ):
         if not kl_weight >= 0:
             raise ValueError(
@@ -148,7 +160,7 @@ class Objective(eqx.Module):
             )
         self.sampler, self.reward, self.kl_weight = sampler, as_reward(reward), float(kl_weight)
         self.exploration = Brownian() if exploration is None else exploration
-        self.penalty, self.lookahead = penalty, lookahead
+        self.penalty, self.lookahead, self.conditions = penalty, lookahead, conditions
         self.scales, self.price_scales = self.exploration.scales(sampler), self.exploration.price_scales(sampler)
 
     @property
@@ -156,9 +168,9 @@ class Objective(eqx.Module):
         """Number of control intervals."""
         return len(self.sampler.times) - 1
 
-    def control(self, params: Params, j: Int[Array, " m"], x: State) -> State:
-        """Actions at states `[m, *x]` of intervals `j`."""
-        return self.sampler.control(params, self.sampler.ts[j], x, None)
+    def control(self, params: Params, j: Int[Array, " m"], x: State, cond: Cond = None) -> State:
+        """Actions at states `[m, *x]` of intervals `j`, under conditions `[m, ...]`."""
+        return self.sampler.control(params, self.sampler.ts[j], x, cond)
 
     def price(self, scales: Float[Array, "..."], a: State, a_ref: State) -> Float[Array, " m"]:
         """Price of intervals in nats (for the KL): `penalty(|scale (a - a_ref)|^2 / 2)`, summed over state dimensions."""
@@ -221,22 +233,22 @@ def clipped_surrogate(log_ratio: Float[Array, " n"], advantage: Float[Array, " n
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 
-def centre(advantage: Float[Array, "n b"]) -> Float[Array, "n b"]:
-    """Subtract the mean over the batch at every time: the batch's own baseline."""
-    return advantage - jnp.mean(advantage, axis=1, keepdims=True)
+def centre(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
+    """Subtract the mean over the batch at every time: the batch's own baseline (`same`: over paths of the same condition)."""
+    return advantage - mean_within(advantage, same)
 
 
-def standardise(advantage: Float[Array, "n b"], axis: int | None) -> Float[Array, "n b"]:
-    """Centre and scale to unit standard deviation over the batch of every time (`axis=1`) or over everything (`None`)."""
-    centred = advantage - jnp.mean(advantage, axis=axis, keepdims=True)
-    return centred / (jnp.std(centred, axis=axis, keepdims=True) + jnp.finfo(advantage.dtype).tiny)
+def standardise_per_time(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
+    """Centre and scale to unit standard deviation at every time, over the batch (`same`: over paths of the same condition)."""
+    centred = centre(advantage, same)
+    return _divided(centred, mean_within(centred**2, same))
 
 
-def standardise_per_time(advantage: Float[Array, "n b"]) -> Float[Array, "n b"]:
-    """`standardise` over the batch at every time, as published for Score as Action."""
-    return standardise(advantage, 1)
+def standardise_all(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
+    """The same over times and paths together."""
+    centred = advantage - jnp.mean(mean_within(advantage, same), axis=0)
+    return _divided(centred, jnp.mean(mean_within(centred**2, same), axis=0))
 
 
-def standardise_all(advantage: Float[Array, "n b"]) -> Float[Array, "n b"]:
-    """`standardise` over times and batch together."""
-    return standardise(advantage, None)
+def _divided(centred: Float[Array, "n b"], variance: Float[Array, "..."]) -> Float[Array, "n b"]:
+    return centred / (jnp.sqrt(variance) + jnp.finfo(centred.dtype).tiny)

@@ -7,6 +7,7 @@ changes nothing.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ class Layout(NamedTuple):
         """`control(params, ...)` with divided parameters brought together where it is called, and nowhere else."""
         if self.mesh is None or self.mesh.shape[FSDP] == 1:
             return control
-        return lambda params, *args: control(self.constrain(params, self.replicated), *args)
+        return _Gathering(control, self)
 
     def put(self, tree: Any, shardings: Callable[[Any], Any]) -> Any:
         """`tree`, the same on every process, placed by `shardings(tree)`."""
@@ -95,6 +96,18 @@ class Layout(NamedTuple):
     def _mesh(self) -> Mesh:
         assert self.mesh is not None
         return self.mesh
+
+
+class _Gathering(eqx.Module):
+    """A control whose parameters and own arrays are brought together first."""
+
+    control: Callable
+    layout: Layout = eqx.field(static=True)
+
+    def __call__(self, params: Any, *args: Any) -> Any:
+        arrays, rest = eqx.partition(self.control, eqx.is_array)
+        params, arrays = self.layout.constrain((params, arrays), self.layout.replicated)
+        return eqx.combine(arrays, rest)(params, *args)
 
 
 def _placed(v: Any, sharding: NamedSharding) -> jax.Array:

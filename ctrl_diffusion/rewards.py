@@ -5,8 +5,9 @@ import multiprocessing.pool
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,31 +15,83 @@ from jaxtyping import Array, Float
 from .parallel import from_local_rows, local_rows
 
 
-class Reward(NamedTuple):
-    """A reward `fn(x [b, *x]) -> [b]`.
+class Reward(eqx.Module):
+    """A reward `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` where it is `conditional`.
 
     `differentiable` rewards are JAX functions and get JAX arrays; black boxes get numpy arrays and run on the host.
+
+    Attributes:
+        name: under which it is logged.
+        fn: a function, or a callable pytree (an `equinox.Module`, a `jax.tree_util.Partial`), whose arrays are arguments of compiled
+            programs: so a large reward network is.
+        differentiable: whether it is a JAX function.
+        parts: weights and rewards of a `weighted_sum`, which are evaluated and logged one by one.
+        conditional: whether it takes the conditions of the samples, arrays `[b, ...]`.
+        view: a JAX function (or callable pytree) that is applied to `x` on the devices before a black box sees it, such as a decoder.
     """
 
-    name: str
-    fn: Callable[[Any], Any]
-    differentiable: bool
+    name: str = eqx.field(static=True)
+    fn: Callable[..., Any]
+    differentiable: bool = eqx.field(static=True)
     parts: tuple[tuple[float, "Reward"], ...] = ()
-    """Weights and rewards of a `weighted_sum`, which are evaluated and logged one by one."""
+    conditional: bool = eqx.field(static=True, default=False)
+    view: Callable[..., Any] | None = None
+
+    def __call__(self, x: Any, cond: Any = None) -> Any:
+        """The rewards of samples, unchecked: `evaluate` checks, and applies `view`."""
+        return self.fn(x, cond) if self.conditional else self.fn(x)
 
 
 class RewardError(ValueError):
     """A reward that returned something other than one finite number per sample, or raised."""
 
 
-def differentiable(fn: Callable[[Float[Array, "b *x"]], Float[Array, " b"]], name: str | None = None) -> Reward:
-    """A JAX reward; compiled once."""
-    return Reward(name or _name(fn), jax.jit(fn), True)
+class _Compiled(eqx.Module):
+    """A callable pytree, compiled once for all that differ in its arrays only."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return _apply(self.fn, *args)
 
 
-def black_box(fn: Callable[[np.ndarray], Any], name: str | None = None) -> Reward:
-    """Any Python function from a numpy batch `[b, *x]` to `b` numbers."""
-    return Reward(name or _name(fn), fn, False)
+@eqx.filter_jit
+def _apply(fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(*args)
+
+
+def differentiable(fn: Callable[..., Float[Array, " b"]], name: str | None = None, *, conditional: bool = False) -> Reward:
+    """A JAX reward `fn(x [b, *x]) -> [b]`, `fn(x, cond)` if `conditional`; compiled once."""
+    has_arrays = any(eqx.is_array(leaf) for leaf in jax.tree.leaves(fn))
+    return Reward(name or _name(fn), _Compiled(fn) if has_arrays else jax.jit(fn), True, conditional=conditional)
+
+
+def black_box(fn: Callable[..., Any], name: str | None = None, *, conditional: bool = False) -> Reward:
+    """Any Python function from a numpy batch `[b, *x]` (and its conditions, if `conditional`) to `b` numbers."""
+    return Reward(name or _name(fn), fn, False, conditional=conditional)
+
+
+def seen_through(view: Callable[[Float[Array, "b *x"]], Float[Array, "b *y"]], reward: Reward | Callable) -> Reward:
+    """The reward of `view(x)`, for example of images that a decoder makes of latents.
+
+    `view` is a JAX function or a callable pytree; it runs on the devices, for a black box as well.
+    """
+    reward = as_reward(reward)
+    parts = tuple((weight, seen_through(view, part)) for weight, part in reward.parts)
+    if not reward.differentiable:
+        first = view if reward.view is None else _Chain(view, reward.view)
+        return Reward(reward.name, reward.fn, False, parts, reward.conditional, first)
+    return Reward(reward.name, _Compiled(_Chain(view, reward.fn)), True, parts, reward.conditional)
+
+
+class _Chain(eqx.Module):
+    """`then(first(x), ...)`."""
+
+    first: Callable[..., Any]
+    then: Callable[..., Any]
+
+    def __call__(self, x: Any, *args: Any) -> Any:
+        return self.then(self.first(x), *args)
 
 
 def weighted_sum(*parts: tuple[float, Reward | Callable]) -> Reward:
@@ -50,13 +103,18 @@ def weighted_sum(*parts: tuple[float, Reward | Callable]) -> Reward:
     names = [part.name for _, part in found]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"weighted_sum of {names}: give at least one reward, and each a name of its own (name=...).")
-    total = Reward(
-        " + ".join(f"{weight:g} {part.name}" for weight, part in found),
-        lambda x: sum(weight * part.fn(x) for weight, part in found),
-        all(part.differentiable for _, part in found),
-        found,
-    )
-    return total._replace(fn=jax.jit(total.fn)) if total.differentiable else total
+    name = " + ".join(f"{weight:g} {part.name}" for weight, part in found)
+    total, has_gradient = _Sum(found), all(part.differentiable for _, part in found)
+    return Reward(name, _Compiled(total) if has_gradient else total, has_gradient, found, conditional=True)
+
+
+class _Sum(eqx.Module):
+    """`sum_i weight_i reward_i(x, cond)`."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, x: Any, cond: Any = None) -> Any:
+        return sum(weight * part(x, cond) for weight, part in self.parts)
 
 
 def pooled(
@@ -67,11 +125,12 @@ def pooled(
     processes: bool = False,
     time_limit: float | None = None,
     name: str | None = None,
+    conditional: bool = False,
 ) -> Reward:
     """A black box that is called on parts of the batch at the same time, on this host.
 
     Args:
-        fn: any Python function from a numpy batch `[m, *x]` to `m` numbers, `m <= chunk`.
+        fn: any Python function from a numpy batch `[m, *x]` (and its conditions, if `conditional`) to `m` numbers, `m <= chunk`.
         workers: threads or processes (default: as many as there are cores).
         chunk: samples per call.
         processes: use processes instead of threads, for code that holds Python's global lock; `fn` must then be importable (no lambda).
@@ -81,12 +140,12 @@ def pooled(
         raise ValueError(f"workers={workers} and chunk={chunk} must be at least 1, time_limit={time_limit} positive (seconds).")
     pools: list[Any] = []
 
-    def call(x: np.ndarray) -> np.ndarray:
+    def call(x: np.ndarray, *cond: Any) -> np.ndarray:
         if not pools:
             make = multiprocessing.get_context("spawn").Pool if processes else multiprocessing.pool.ThreadPool
             pools.append(make(workers or os.cpu_count()))
         begin, starts = time.monotonic(), range(0, len(x), chunk)
-        pending = [pools[0].apply_async(fn, (x[i : i + chunk],)) for i in starts]
+        pending = [pools[0].apply_async(fn, _rows((x, *cond), i, chunk)) for i in starts]
         values = []
         for i, part in zip(starts, pending):
             samples = f"samples {i} to {min(i + chunk, len(x)) - 1}"
@@ -103,7 +162,11 @@ def pooled(
             values.append(value)
         return np.concatenate(values)
 
-    return Reward(name or _name(fn), call, False)
+    return Reward(name or _name(fn), call, False, conditional=conditional)
+
+
+def _rows(tree: Any, start: int, count: int) -> Any:
+    return jax.tree.map(lambda v: v[start : start + count], tree)
 
 
 def as_reward(reward: Reward | Callable) -> Reward:
@@ -115,32 +178,37 @@ def as_reward(reward: Reward | Callable) -> Reward:
     return black_box(reward)
 
 
-def evaluate(reward: Reward, x: Float[Array, "b *x"]) -> Float[Array, " b"]:
+def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, " b"]:
     """Evaluate and check: one finite number per sample, else a `RewardError` that says which sample and what to do.
 
+    `cond` are the conditions of the samples, arrays `[b, ...]`, for rewards that take them.
     Of a batch that is divided over processes each evaluates and checks the rows on its own devices; the result is divided alike.
     """
+    if reward.parts and not reward.differentiable:
+        return sum(weight * evaluate(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
     if reward.differentiable:
-        values = _called(reward, x)
+        values = _called(reward, x, cond)
         _check(reward, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
         return values.astype(x.dtype)
-    rows = local_rows(x)
-    values = np.asarray(_called(reward, rows))
+    rows, cond = jax.tree.map(local_rows, (x if reward.view is None else _apply(reward.view, x), cond))
+    values = np.asarray(_called(reward, rows, cond))
     _check(reward, values.shape, values, rows.shape)
     return from_local_rows(values, x)
 
 
-def evaluate_parts(reward: Reward, x: Float[Array, "b *x"]) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+def evaluate_parts(
+    reward: Reward, x: Float[Array, "b *x"], cond: Any = None
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """`evaluate`, and the values of the parts of a `weighted_sum` by name (none of any other reward)."""
     if not reward.parts:
-        return evaluate(reward, x), {}
-    values = {part.name: evaluate(part, x) for _, part in reward.parts}
+        return evaluate(reward, x, cond), {}
+    values = {part.name: evaluate(part, x, cond) for _, part in reward.parts}
     return sum(weight * values[part.name] for weight, part in reward.parts), values  # pyright: ignore[reportReturnType]
 
 
-def _called(reward: Reward, x) -> Any:
+def _called(reward: Reward, x, cond) -> Any:
     try:
-        return reward.fn(x)
+        return reward(x, cond)
     except Exception as error:
         raise RewardError(f"reward {reward.name!r} raised {type(error).__name__} on a batch of {x.shape}: {error}") from error
 

@@ -31,7 +31,7 @@ class Sampler(eqx.Module):
 
     Args:
         process: the controlled SDE.
-        control: `control(params, t, x, cond) -> action`, batched.
+        control: `control(params, t, x, cond) -> action`, batched; a function, or a callable pytree that holds fixed arrays.
         shape: shape of one sample.
         grid: control times, ascending from `process.t0` to `process.t1` (default: 50 equal steps).
         solver: any diffrax solver; one step per grid interval (default `ExponentialEuler`).
@@ -39,7 +39,7 @@ class Sampler(eqx.Module):
     """
 
     process: AbstractControlledSDE
-    control: ControlFn = eqx.field(static=True)
+    control: ControlFn
     shape: tuple[int, ...] = eqx.field(static=True)
     times: tuple[float, ...] = eqx.field(static=True)
     solver: dfx.AbstractSolver
@@ -136,7 +136,10 @@ def _transitions(process: AbstractControlledSDE, solver: dfx.AbstractSolver, ts:
 
 
 def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "n b *x"]:
-    """Actions of `control` at every recorded state but the last, one time at a time (memory of one network call)."""
+    """Actions of `control` at every recorded state but the last, one time at a time (memory of one network call).
+
+    `cond` has one row per path.
+    """
     return jax.lax.map(lambda tx: control(params, tx[0], tx[1], cond), (trajectory.t[:-1], trajectory.x[:-1]))
 
 

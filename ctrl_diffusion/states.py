@@ -119,5 +119,9 @@ def memory_shardings(layout: Layout, memory: Any) -> Any:
 
 def _over_paths(fn, *rollouts: Rollout) -> Rollout:
     """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is left to the caller."""
-    axes = {name: 0 if name == "reward" else 1 for name in Rollout._fields if name != "t"}
-    return Rollout(t=rollouts[0].t, **{name: fn(axis, *(getattr(r, name) for r in rollouts)) for name, axis in axes.items()})
+    axes = {name: 0 if name in ("reward", "cond") else 1 for name in Rollout._fields if name != "t"}
+    fields = {
+        name: jax.tree.map(lambda *v, axis=axis: fn(axis, *v), *(getattr(r, name) for r in rollouts))
+        for name, axis in axes.items()
+    }
+    return Rollout(t=rollouts[0].t, **fields)

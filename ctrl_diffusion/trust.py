@@ -147,7 +147,8 @@ class NaturalGradient(AbstractTrustRegion):
 
 def moved_kl(objective: Objective, params: Params, old: Params, rows: Rows) -> Float[Array, ""]:
     """Path KL from the policy `old` to `params`, nats: weighted mean of a step's KL over rows `[m]`, times the number of steps."""
-    z = shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), objective.control(old, rows.j, rows.x))
+    a, a_old = (objective.control(p, rows.j, rows.x, rows.cond) for p in (params, old))
+    z = shift(objective.scales[rows.j], a, a_old)
     return objective.intervals * jnp.mean(rows.weight * 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 
 
@@ -155,7 +156,7 @@ def fisher_product(objective: Objective, params: Params, rows: Rows, vector: Par
     """`F v`, with `F` the Hessian of `moved_kl(params, old)` at `params = old`."""
 
     def scaled(params):
-        return shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x), 0.0)
+        return shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x, rows.cond), 0.0)
 
     _, tangent = jax.jvp(scaled, (params,), (vector,))
     _, vjp = jax.vjp(scaled, params)

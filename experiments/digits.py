@@ -200,7 +200,8 @@ def run(
 
     state, progress = finetune(
         directory, algorithm, algorithm.init(model.params, value_params), keys["finetune"], iterations=config.iterations,
-        evaluate=lambda state: evaluate_now(_result(config, state)), held_out=held_out, evaluate_every=config.evaluate_every,
+        evaluate=lambda state: evaluate_now(_result(config, state)), evaluate_every=config.evaluate_every,
+        observe=lambda info: {} if held_out is None else {"held_out_reward": held_out(info.samples)},
         checkpoint_every=config.checkpoint_every, kl_budget=config.kl_budget,
     )  # fmt: skip
 

@@ -210,7 +210,7 @@ class Experiment:
         config, (algorithm, extra) = self.config, self.algorithm(method)
         state, progress = finetune(
             run, algorithm, algorithm.init(params, *extra(seed)), self.key(seed, "finetune"), iterations=filled(config.iterations),
-            evaluate=lambda params: {}, held_out=None, evaluate_every=filled(config.iterations), checkpoint_every=10, kl_budget=None,
+            evaluate=lambda params: {}, evaluate_every=filled(config.iterations), checkpoint_every=10, kl_budget=None,
         )  # fmt: skip
         return state.params, progress.seconds
 

@@ -1,8 +1,10 @@
 """What a policy is worth: reward, path KL, distance to the reweighted optimum, diversity."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from ctrl_diffusion import Optimum, Reward, Sampler, optimality_gap, path_actions, sample_keys, step_kl, vendi_score
 from ctrl_diffusion.optimum import Estimate, mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
+from ctrl_diffusion.process import Cond
 from ctrl_diffusion.rewards import evaluate as evaluate_reward
 
 
@@ -40,38 +43,48 @@ class Evaluator:
         """
         self.reward, self.reference, self.scales, self.chunk, self.layout = reward, reference, scales, chunk, layout
 
-        @jax.jit
-        def plain(params, keys):
-            return sampler.sample(params, keys)
+        fixed, rest = eqx.partition(sampler.control, eqx.is_array)
+        fixed = layout.put(fixed, layout.parameters)
+
+        def bound(fixed) -> Sampler:
+            return eqx.tree_at(lambda s: s.control, sampler, layout.gathering(eqx.combine(fixed, rest)))
 
         @jax.jit
-        def with_kl(params, reference, scales, keys):
-            path = sampler.trajectory(params, keys)
-            a, a_ref = path_actions(sampler.control, params, path), path_actions(sampler.control, reference, path)
+        def plain(fixed, params, keys, cond):
+            return bound(fixed).sample(params, keys, cond)
+
+        @jax.jit
+        def with_kl(fixed, params, reference, scales, keys, cond):
+            sampler = bound(fixed)
+            path = sampler.trajectory(params, keys, cond)
+            a, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
             return path.x[-1], jnp.sum(step_kl(scales, a, a_ref), axis=0)
 
-        self._plain, self._with_kl = plain, with_kl
+        self._plain, self._with_kl = partial(plain, fixed), partial(with_kl, fixed)
 
-    def reference_samples(self, key: jax.Array, n: int) -> Samples:
+    def reference_samples(self, key: jax.Array, n: int, cond: Cond = None) -> Samples:
         """`n` samples of the reference: path KL zero, not computed."""
-        return self._collect(lambda keys: (self._plain(self.reference, keys), None), key, n, "reference")
+        return self._collect(lambda *rows: (self._plain(self.reference, *rows), None), key, n, cond, "reference")
 
-    def samples(self, params: Any, key: jax.Array, n: int, label: str = "evaluation") -> Samples:
-        """`n` samples of the policy `params`; the first `m` of them do not depend on `n`."""
+    def samples(self, params: Any, key: jax.Array, n: int, cond: Cond = None, label: str = "evaluation") -> Samples:
+        """`n` samples of the policy `params` under conditions `[n, ...]`; the first `m` of them do not depend on `n`."""
         if self.scales is None:
-            return self._collect(lambda keys: (self._plain(params, keys), None), key, n, label)
-        return self._collect(lambda keys: self._with_kl(params, self.reference, self.scales, keys), key, n, label)
+            return self._collect(lambda *rows: (self._plain(params, *rows), None), key, n, cond, label)
+        return self._collect(
+            lambda *rows: self._with_kl(params, self.reference, self.scales, *rows), key, n, cond, label
+        )
 
-    def _collect(self, draw: Callable, key: jax.Array, n: int, label: str) -> Samples:
+    def _collect(self, draw: Callable, key: jax.Array, n: int, cond: Cond, label: str) -> Samples:
         xs, rewards, kls = [], [], []
         keys = sample_keys(key, n)
         chunk = self.chunk
         for i in tqdm(range(0, n, chunk), desc=f"sampling ({label})", unit="batch", leave=False):
             rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)  # the last chunk repeats the last sample
-            x, kl = self.layout.paced(draw(self.layout.put(keys[rows], self.layout.batch)))
+            given = self.layout.put(jax.tree.map(lambda v: v[rows], (keys, cond)), self.layout.batch)
+            x, kl = self.layout.paced(draw(*given))
             keep = slice(0, min(chunk, n - i))
             xs.append(whole(x)[keep])
-            rewards.append(whole(evaluate_reward(self.reward, x))[keep])
+            rewards.append(whole(evaluate_reward(self.reward, x, given[1]))[keep])
             if kl is not None:
                 kls.append(whole(kl)[keep])
         return Samples(np.concatenate(xs), np.concatenate(rewards), np.concatenate(kls) if kls else None)

@@ -105,7 +105,8 @@ def finetune(
     *,
     iterations: int,
     evaluate: Callable[[State], dict[str, Any]],
-    held_out: Callable[[jax.Array], float] | None,
+    observe: Callable[[Info], dict[str, Any]] | None = None,
+    keep: Callable[[int, State], None] | None = None,
     evaluate_every: int,
     checkpoint_every: int,
     kl_budget: float | None,
@@ -114,7 +115,8 @@ def finetune(
     the uninterrupted run.
 
     Stops early once the path KL of an iteration's samples exceeds `kl_budget` nats. `evaluate(state)` adds its numbers to
-    the log every `evaluate_every` iterations, outside the measured time.
+    the log every `evaluate_every` iterations, `observe(info)` every iteration, outside the measured time; `keep(iterations, state)` is
+    called with every checkpoint.
     """
     checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
     restored = checkpoints.restore(state)
@@ -139,8 +141,8 @@ def finetune(
             if kl_budget is not None and row["path_kl"] > kl_budget:
                 stop = "kl budget"
             row |= {"iteration": done, "wall_seconds": seconds}
-            if held_out is not None:
-                row["held_out_reward"] = held_out(info.samples)
+            if observe is not None:
+                row |= observe(info)
             done += 1
             last = done == iterations or stop != "finished"
             if done % evaluate_every == 0 or last:
@@ -148,6 +150,8 @@ def finetune(
             run.log("finetune", done, row)
             if done % checkpoint_every == 0 or last:
                 checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+                if keep is not None:
+                    keep(done, state)
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.3f}", path_kl=f"{row['path_kl']:.2f}")
     checkpoints.close()

@@ -134,7 +134,7 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
                     raise Interrupted("power cut")
             return reward.fn(x)
 
-        return reward._replace(fn=fn)
+        return dataclasses.replace(reward, fn=fn)
 
     monkeypatch.setitem(digits.REWARDS, "digit", digits.REWARDS["digit"]._replace(make=breaking))
     rare = settings(tmp_path / "run", checkpoint_every=100)  # what is resumed was saved when the reward broke

@@ -281,7 +281,7 @@ def test_refl():
     assert_gradient(new.params, weights(0), loss)
 
 
-def denoised(sampler, reference, t, x, action):
+def denoised(sampler, reference, t, x, action, cond):
     return PROCESS.denoise(t, x, action)
 
 

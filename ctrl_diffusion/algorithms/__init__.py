@@ -1,14 +1,6 @@
 """Algorithms: pairs of functions `init(params, ...) -> state` and `step(key, state) -> (state, info)`, composed from parts."""
 
-from .compose import (
-    Algorithm as Algorithm,
-    Info as Info,
-    Programs as Programs,
-    State as State,
-    TimeSampling as TimeSampling,
-    Training as Training,
-    compose as compose,
-)
+from .compose import compose as compose
 from .presets import (
     adjoint_matching as adjoint_matching,
     alignprop as alignprop,
@@ -28,3 +20,11 @@ from .presets import (
     vidd as vidd,
 )
 from .programs import lower as lower
+from .training import (
+    Algorithm as Algorithm,
+    Info as Info,
+    Programs as Programs,
+    State as State,
+    TimeSampling as TimeSampling,
+    Training as Training,
+)

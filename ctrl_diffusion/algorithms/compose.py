@@ -4,13 +4,13 @@ Per iteration: sample paths and reward them; let the critic value them; compute 
 minibatches of rows, change the policy by the estimator's loss and the value by the critic's.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -18,110 +18,13 @@ from ..critics import Critic
 from ..estimators import AbstractEstimator, Calls, Models
 from ..gradients import reduced_once
 from ..objective import Objective, Rollout, Rows
-from ..parallel import ONE_DEVICE, Layout
-from ..process import Params
+from ..process import Cond, Params
 from ..rewards import evaluate, evaluate_parts
-from ..sampler import Sampler, Trajectory, path_actions
+from ..sampler import Trajectory, path_actions
 from ..solvers import sample_keys
 from ..states import AbstractStates, OnPolicy, memory_shardings
 from ..trust import AbstractTrustRegion, FirstOrder
-
-
-class State(NamedTuple):
-    """Everything a resume needs."""
-
-    params: Params
-    reference: Params
-    value_params: Params
-    optimizer: Any
-    value_optimizer: Any
-    memory: Any = ()
-    average: Params = ()
-
-
-class Info(NamedTuple):
-    """What one iteration showed: scalar metrics, and the final states with their rewards."""
-
-    metrics: dict[str, Float[Array, ""]]
-    samples: Float[Array, "b *x"]
-    rewards: Float[Array, " b"]
-
-
-class TimeSampling(NamedTuple):
-    """A few times of every path, drawn anew for each path and iteration: less work per path, the same expected gradient.
-
-    Attributes:
-        number: rows per path, drawn with replacement.
-        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a row counts one over
-            its frequency, so that the density changes the variance of the policy's gradient and not its mean. A critic's regression
-            is on the rows as they are drawn.
-    """
-
-    number: int
-    density: Callable[[Float[Array, " n"]], Float[Array, " n"]] = jnp.ones_like
-
-    def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Rows) -> Rows:
-        """`[number, b]` of the columns `[s, b, ...]` at times `t`, with their weights."""
-        density = self.density(t) / jnp.sum(self.density(t))
-        batch = columns.j.shape[1]
-        chosen = jax.random.choice(key, len(t), (self.number, batch), p=density)
-        rows = jax.tree.map(lambda v: v[chosen, jnp.arange(batch)], columns)
-        return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
-
-
-class Training(NamedTuple):
-    """How much data an iteration has and how it is used; global numbers.
-
-    Attributes:
-        policy: how the policy moves: an optax optimiser, or a trust region such as `NaturalGradient(radius)`.
-        batch: paths per iteration.
-        epochs: passes over the rows of an iteration.
-        minibatches: updates per pass; must divide the number of rows: `batch * intervals` (or times), `batch` for whole paths.
-        value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
-        rollouts: parts that an iteration's paths are sampled in: while a black-box reward judges one on the host, the devices are busy
-            with the next. The same paths.
-        times: which times of a path make rows (default: every one that the estimator uses).
-        layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
-        accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient.
-        average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
-    """
-
-    policy: optax.GradientTransformation | AbstractTrustRegion
-    batch: int
-    epochs: int = 1
-    minibatches: int = 1
-    value: optax.GradientTransformation | None = None
-    times: TimeSampling | None = None
-    rollouts: int = 1
-    layout: Layout = ONE_DEVICE
-    accumulation: int = 1
-    average: float | None = None
-
-
-class Programs(NamedTuple):
-    """The compiled programs of an iteration; `select` and `update` run once per minibatch (see `programs.lower`)."""
-
-    collect: Any
-    annotate: Any
-    remember: Any
-    prepare: Any
-    shuffle: Any
-    select: Any
-    update: Any
-    finish: Any
-
-
-class Algorithm(NamedTuple):
-    """`state = init(params, value_params)` (`init(params)` without a learned value); `state, info = step(key, state)`.
-
-    `step` consumes its state (buffers are donated).
-    """
-
-    init: Callable[..., State]
-    step: Callable[[Key[Array, ""], State], tuple[State, Info]]
-    calls: Calls
-    """What one iteration evaluates, in samples (a value network not counted)."""
-    programs: Programs
+from .training import Algorithm, Info, Programs, State, Training
 
 
 def compose(
@@ -156,11 +59,7 @@ def compose(
     }.items():
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1.")
-    if layout.mesh is not None:
-        s = objective.sampler
-        gathered = Sampler(s.process, layout.gathering(s.control), s.shape, grid=s.grid, solver=s.solver, dtype=s.dtype)
-        objective = eqx.tree_at(lambda o: o.sampler, objective, gathered)
-    sampler, reward, control, n = objective.sampler, objective.reward, objective.sampler.control, objective.intervals
+    sampler, n = objective.sampler, objective.intervals
     estimator.check(objective, critic)
     starts = estimator.starts(objective)
     if times is not None and estimator.whole_paths:
@@ -186,6 +85,18 @@ def compose(
             "rows; use accumulation=1 and more minibatches."
         )
 
+    fixed, rest = eqx.partition((objective.sampler.control, objective.reward), _is_array)
+    if not any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(fixed)):
+        fixed = layout.put(fixed, layout.parameters)
+
+    def bound(fixed) -> Objective:
+        """The objective with the arrays of its control and reward, which programs have as arguments."""
+        control, reward = eqx.combine(fixed, rest)
+        return eqx.tree_at(lambda o: (o.sampler.control, o.reward), objective, (layout.gathering(control), reward))
+
+    def drawn(key) -> Cond:
+        return None if objective.conditions is None else objective.conditions(key, batch)
+
     def empty_rollout() -> Rollout:
         ts, shape, dtype = sampler.ts, sampler.shape, sampler.dtype
 
@@ -194,7 +105,8 @@ def compose(
 
         interval = like(n, batch, *shape)
         t, x, pairs = like(*ts.shape), like(n + 1, batch, *shape), like(n, batch)
-        return Rollout(t, x, interval, interval, interval, interval, pairs, like(batch))  # pyright: ignore[reportArgumentType]
+        cond = jax.eval_shape(drawn, jax.random.key(0))
+        return Rollout(t, x, interval, interval, interval, interval, pairs, like(batch), cond)  # pyright: ignore[reportArgumentType]
 
     def init(params: Params, value_params: Params = ()) -> State:
         average = () if training.average is None else params
@@ -212,12 +124,18 @@ def compose(
         return layout.constrain(tree, lambda tree: layout.batch(tree, axis))
 
     @jax.jit
-    def collect(key, params, part) -> tuple[Trajectory, Float[Array, "b *x"]]:
-        """Paths of one part, and their ends."""
+    def draw(key) -> Cond:
+        """The conditions of an iteration."""
+        return divided(drawn(key), 0)
+
+    @jax.jit
+    def collect(fixed, key, params, cond, part) -> tuple[Trajectory, Float[Array, "b *x"], Cond]:
+        """Paths of one part, their ends and their conditions."""
         size = batch // training.rollouts
         keys = sample_keys(key, size, part * size)
-        path = objective.exploration.trajectory(sampler, params, divided(keys, 0))
-        return path._replace(x=divided(path.x, 1), noise=divided(path.noise, 1)), divided(path.x[-1], 0)
+        cond = divided(jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, part * size, size), cond), 0)
+        path = objective.exploration.trajectory(bound(fixed).sampler, params, divided(keys, 0), cond)
+        return path._replace(x=divided(path.x, 1), noise=divided(path.noise, 1)), divided(path.x[-1], 0), cond
 
     @jax.jit(donate_argnums=0)
     def join(paths: list[Trajectory], ends, rewards):
@@ -227,22 +145,26 @@ def compose(
         return path, *divided((jnp.concatenate(ends), jax.tree.map(lambda *v: jnp.concatenate(v), *rewards)), 0)
 
     @jax.jit
-    def annotate(params, reference, path: Trajectory):
-        """Old and reference actions, and guesses of the final state."""
-        a_old, a_ref = path_actions(control, params, path), path_actions(control, reference, path)
+    def annotate(fixed, params, reference, path: Trajectory, cond):
+        """Old and reference actions, and guesses of the final state with their conditions."""
+        sampler = bound(fixed).sampler
+        a_old, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
         if not critic.value.uses_reward:
             return (*divided((a_old, a_ref, path.x[:-1]), 1), None)
         guide, action = (params, a_old) if denoise_with_policy else (reference, a_ref)
-        x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row), (path.t[:-1], path.x[:-1], action))
+        rows = (path.t[:-1], path.x[:-1], action)
+        x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row, cond), rows)
         by_path = jnp.swapaxes(x_hat, 0, 1).reshape((batch * n,) + x_hat.shape[2:])
-        return (*divided((a_old, a_ref, x_hat), 1), divided(by_path, 0))
+        of_path = jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
+        return (*divided((a_old, a_ref, x_hat), 1), divided((by_path, of_path), 0))
 
     def at_starts(v):
         return v if len(starts) == n else v[starts]
 
     @jax.jit
-    def prepare(key, models: Models, rollout: Rollout):
+    def prepare(fixed, key, models: Models, rollout: Rollout):
         """Values, targets and signals, as rows."""
+        objective = bound(fixed)
         values = critic.values(models.value, rollout)
         target = critic.targets(objective, rollout, values)
         signal = estimator.signal(objective, critic, models, rollout, values)
@@ -258,6 +180,7 @@ def compose(
             weight=at_starts(jnp.ones((n, batch), target.dtype)),
             target=at_starts(target),
             signal=signal,
+            cond=jax.tree.map(lambda v: at_starts(jnp.broadcast_to(v, (n,) + v.shape)), rollout.cond),
         )
         metrics = {"signal_std": jnp.std(signal)} if signal.size else {}
         if critic.optimizer is not None:
@@ -281,7 +204,7 @@ def compose(
         """The rows of minibatch `i`."""
         return divided(jax.tree.map(lambda v: v[order[i]], rows), 0)
 
-    def value_step(value_params, state, params, reference, rows: Rows):
+    def value_step(objective, value_params, state, params, reference, rows: Rows):
         """One update of the value on the same rows."""
         if critic.optimizer is None:
             return value_params, state, {}
@@ -293,26 +216,28 @@ def compose(
         change, state = critic.optimizer.update(gradient, state, value_params)
         return optax.apply_updates(value_params, change), state, {"value_loss": error}
 
-    def policy_loss(reference, value_params):
+    def policy_loss(objective, reference, value_params):
         return lambda params, rows: estimator.loss(objective, critic, params, Models(reference, value_params), rows)
 
     @jax.jit(donate_argnums=0)
-    def update(learned, reference, rows: Rows):
+    def update(learned, fixed, reference, rows: Rows):
         """One update of policy and value on the rows of a minibatch."""
         params, value_params, opt, value_opt, average = learned
-        loss = policy_loss(reference, value_params)
+        objective = bound(fixed)
+        loss = policy_loss(objective, reference, value_params)
         if estimator.is_mean:
             loss = reduced_once(loss, layout, parts)
         new_params, opt, metrics = trust_region.minibatch(loss, params, opt, rows)
-        value_params, value_opt, value_metrics = value_step(value_params, value_opt, params, reference, rows)
+        value_params, value_opt, value_metrics = value_step(objective, value_params, value_opt, params, reference, rows)
         if training.average is not None:
             average = optax.incremental_update(new_params, average, 1 - training.average)
         learned = (new_params, value_params, opt, value_opt, average)
         return layout.constrain(learned, layout.parameters), metrics | value_metrics
 
     @jax.jit(donate_argnums=0)
-    def finish(params, models: Models, rows: Rows):
-        params, metrics = trust_region.finish(objective, policy_loss(*models), params, rows)
+    def finish(params, fixed, models: Models, rows: Rows):
+        objective = bound(fixed)
+        params, metrics = trust_region.finish(objective, policy_loss(objective, *models), params, rows)
         return layout.constrain(params, layout.parameters), metrics
 
     @jax.jit
@@ -330,22 +255,26 @@ def compose(
         memory, rollout = chosen.update(key, memory, fresh)
         return layout.constrain((memory, rollout), partial(memory_shardings, layout))
 
+    judge_of_paths = eqx.combine(fixed, rest)[1]
+
     def step(key: Key[Array, ""], state: State) -> tuple[State, Info]:
         key_paths, key_rows = jax.random.split(layout.put(key, layout.replicated))
         behaviour = chosen.behaviour(state.params, state.reference)
-        sampled = [layout.paced(collect(key_paths, behaviour, part)) for part in range(training.rollouts)]
-        rewards = [evaluate_parts(reward, ends) for _, ends in sampled]
-        (path, ends), (r, parts_of_r) = sampled[0], rewards[0]
+        cond = layout.paced(draw(jax.random.fold_in(key_rows, 3)))
+        sampled = [layout.paced(collect(fixed, key_paths, behaviour, cond, part)) for part in range(training.rollouts)]
+        rewards = [evaluate_parts(judge_of_paths, ends, of_part) for _, ends, of_part in sampled]
+        (path, ends, _), (r, parts_of_r) = sampled[0], rewards[0]
         if len(sampled) > 1:
-            path, ends, (r, parts_of_r) = layout.paced(join(*map(list, zip(*sampled)), rewards))
-        a_old, a_ref, x_hat, guesses = layout.paced(annotate(behaviour, state.reference, path))
+            paths, ends, _ = zip(*sampled)
+            path, ends, (r, parts_of_r) = layout.paced(join(list(paths), list(ends), rewards))
+        a_old, a_ref, x_hat, guesses = layout.paced(annotate(fixed, behaviour, state.reference, path, cond))
         r_hat = jnp.zeros((n, batch), r.dtype)
         if guesses is not None:
-            r_hat = evaluate(reward, guesses).reshape(batch, n).T
-        fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r)
+            r_hat = evaluate(judge_of_paths, *guesses).reshape(batch, n).T
+        fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond)
         memory, rollout = layout.paced(remember(jax.random.fold_in(key_rows, 1), state.memory, fresh))
         models = Models(state.reference, state.value_params)
-        rows, metrics = layout.paced(prepare(jax.random.fold_in(key_rows, 2), models, rollout))
+        rows, metrics = layout.paced(prepare(fixed, jax.random.fold_in(key_rows, 2), models, rollout))
         shown = layout.paced(judge(fresh))
         learned = (state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)
         history: list[dict[str, Any]] = []
@@ -353,17 +282,21 @@ def compose(
             order = shuffle(k)
             for i in range(minibatches):
                 some = layout.paced(select(rows, order, i))
-                learned, update_metrics = layout.paced(update(learned, state.reference, some))
+                learned, update_metrics = layout.paced(update(learned, fixed, state.reference, some))
                 history.append(update_metrics)
         params, value_params, opt, value_opt, average = learned
-        params, finish_metrics = layout.paced(finish(params, Models(state.reference, value_params), rows))
+        params, finish_metrics = layout.paced(finish(params, fixed, Models(state.reference, value_params), rows))
         metrics |= history[-1] | finish_metrics | shown | {f"reward/{name}": jnp.mean(v) for name, v in parts_of_r.items()}
         if "max_log_ratio" in history[0]:
             metrics["first_log_ratio"] = history[0]["max_log_ratio"]
-        return State(params, state.reference, value_params, opt, value_opt, memory, average), Info(metrics, ends, r)
+        return State(params, state.reference, value_params, opt, value_opt, memory, average), Info(metrics, ends, r, cond)
 
-    programs = Programs(collect, annotate, remember, prepare, shuffle, select, update, finish)
-    return Algorithm(init, step, _calls(objective, estimator, critic, trust_region, training, rows_in_all), programs)
+    programs = Programs(draw, collect, annotate, remember, prepare, shuffle, select, update, finish)
+    return Algorithm(init, step, _calls(objective, estimator, critic, trust_region, training, rows_in_all), programs, fixed)
+
+
+def _is_array(v: Any) -> bool:
+    return isinstance(v, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _calls(

@@ -24,7 +24,8 @@ from ..estimators.likelihood_ratio import Normalise
 from ..objective import Objective, centre, standardise_per_time
 from ..states import Reference, Replay
 from ..values import AbstractValue, LookaheadValue, NoValue
-from .compose import Algorithm, Training, compose
+from .compose import compose
+from .training import Algorithm, Training
 
 INFINITE = float("inf")
 

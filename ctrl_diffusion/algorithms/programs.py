@@ -12,7 +12,7 @@ from ..objective import Rollout
 from ..parallel import Layout
 from ..process import Params
 from ..states import memory_shardings
-from .compose import Algorithm, State
+from .training import Algorithm, State
 
 
 def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Params = ()) -> dict[str, Lowered]:
@@ -45,19 +45,21 @@ def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Pa
     def rollout(v: Rollout) -> Rollout:
         return placed(v, partial(memory_shardings, layout))
 
-    path, ends = call("collect", key, params, jax.ShapeDtypeStruct((), jnp.int32))
+    fixed = placed(algorithm.fixed, layout.parameters)
+    cond = placed(call("draw", key), layout.batch)
+    path, ends, _ = call("collect", fixed, key, params, cond, jax.ShapeDtypeStruct((), jnp.int32))
     path = path._replace(
         t=placed(path.t, layout.replicated),
         **{name: placed(getattr(path, name), partial(layout.batch, axis=1)) for name in ("x", "noise")},
     )
-    a_old, a_ref, x_hat, _ = call("annotate", params, reference, path)
+    a_old, a_ref, x_hat, _ = call("annotate", fixed, params, reference, path, cond)
     batch, n = ends.shape[0], a_old.shape[0]
     r, r_hat = jax.ShapeDtypeStruct((batch,), ends.dtype), jax.ShapeDtypeStruct((n, batch), ends.dtype)
-    fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r))  # pyright: ignore[reportArgumentType]
+    fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond))  # pyright: ignore[reportArgumentType]
     _, trained_on = call("remember", key, memory, fresh)
-    rows, _ = call("prepare", key, models, rollout(trained_on))
+    rows, _ = call("prepare", fixed, key, models, rollout(trained_on))
     rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), layout.replicated)
     some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
-    call("update", (params, value_params, opt, value_opt, average), reference, some)
-    call("finish", params, models, rows)
+    call("update", (params, value_params, opt, value_opt, average), fixed, reference, some)
+    call("finish", params, fixed, models, rows)
     return found

@@ -4,9 +4,10 @@ import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from ..critics import Critic
 from ..objective import Objective, Rollout, Rows
@@ -102,7 +103,7 @@ def per_path(rows: Rows) -> tuple[Rows, Any]:
     def fold(v: Float[Array, "..."]) -> Float[Array, "..."]:
         return v.reshape((m, n) + v.shape[1:])
 
-    def flat(v: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."] | Int[Array, "..."]:
+    def flat(v: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         return v.reshape((m * n,) + v.shape[2:])
 
-    return Rows(*(flat(v) for v in rows)), fold
+    return jax.tree.map(flat, rows), fold

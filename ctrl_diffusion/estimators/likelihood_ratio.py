@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from ..critics import Critic
 from ..exploration import shift
+from ..groups import same_condition, softmax_within
 from ..objective import Objective, Rollout, Rows, advantages, clipped_surrogate, value_increments
 from ..process import Params
 from ..sampler import log_ratio
 from .base import AbstractEstimator, Metrics, Models, require_price
 
-Normalise = Callable[[Float[Array, "n b"]], Float[Array, "n b"]]
+Normalise = Callable[..., Float[Array, "n b"]]
 Weights = Callable[[Objective, Rollout, Float[Array, "K b"]], Float[Array, "n b"]]
 
 
@@ -30,7 +31,7 @@ class LikelihoodRatio(AbstractEstimator):
         horizon: decay time of the advantages, control time (`objective.advantages`): 0 single increments, `inf` returns.
         clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017); `inf` is no clipping.
         normalise: a function of the advantages `[n, b]` (`objective.centre`, `standardise_per_time`, ...), or `None`. Dividing
-            them changes the price relative to the reward.
+            them changes the price relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
         max_advantage: clamp of their magnitude after normalisation.
         kl_to_go: whether increments pay the KL of their interval, as J does.
         proximal: weight of the KL of each step to the *old* policy, reward units per nat.
@@ -65,11 +66,12 @@ class LikelihoodRatio(AbstractEstimator):
             paid = paid + objective.kl_weight * objective.step_prices(rollout)
         found = advantages(value_increments(values, paid), jnp.diff(rollout.t), self.horizon)
         if self.normalise is not None:
-            found = self.normalise(found)
+            same = same_condition(rollout.cond, found.dtype)
+            found = self.normalise(found) if same is None else self.normalise(found, same)
         return jnp.clip(found, -self.max_advantage, self.max_advantage)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x)
+        a = objective.control(params, rows.j, rows.x, rows.cond)
         z = shift(objective.scales[rows.j], a, rows.a_old)
         log_rho = log_ratio(z, rows.noise)
         step_kl = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
@@ -85,16 +87,19 @@ class LikelihoodRatio(AbstractEstimator):
 
 
 def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-    """`exp((r - costs) / lambda) dP^ref/dP^old` over its mean, the same at every step: the optimal law's weights, whoever sampled."""
+    """`exp((r - costs) / lambda) dP^ref/dP^old` over its mean, the same at every step: the optimal law's weights, whoever sampled.
+
+    The mean is over paths of the same condition.
+    """
     gained = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
     total = gained / objective.kl_weight - jnp.sum(objective.step_log_ratios(rollout), axis=0)
-    return jnp.broadcast_to(jax.nn.softmax(total) * total.shape[0], values[:-1].shape)
+    return jnp.broadcast_to(softmax_within(total, same_condition(rollout.cond, total.dtype)), values[:-1].shape)
 
 
 def exponential_increment(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-    """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean over the batch of every step."""
+    """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean over the paths of the same condition of every step."""
     gained = value_increments(values, objective.costs(rollout))
-    return jax.nn.softmax(gained / objective.kl_weight, axis=1) * gained.shape[1]
+    return softmax_within(gained / objective.kl_weight, same_condition(rollout.cond, gained.dtype))
 
 
 class WeightedLikelihood(AbstractEstimator):
@@ -110,7 +115,7 @@ class WeightedLikelihood(AbstractEstimator):
         return self.weights(objective, rollout, values)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x)
+        a = objective.control(params, rows.j, rows.x, rows.cond)
         log_rho = log_ratio(shift(objective.scales[rows.j], a, rows.a_old), rows.noise)
         metrics: Metrics = {
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),

@@ -51,11 +51,11 @@ class LeanAdjoint(eqx.Module):
 
         def backward(adjoint, row):
             t, x, phi, psi, h, mean, keep = row
-            _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, None), x)
+            _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, rollout.cond), x)
             cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
             return vjp(mean + keep * (adjoint - mean))[0] - cost, adjoint
 
-        end = jax.grad(lambda x: jnp.sum(objective.reward.fn(x)))(rollout.x[-1])
+        end = jax.grad(lambda x: jnp.sum(objective.reward(x, rollout.cond)))(rollout.x[-1])
         rows = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
         return jax.lax.scan(backward, end, rows, reverse=True)[1]
 
@@ -71,7 +71,7 @@ def value_gradient(objective: Objective, critic: Critic, models: Models, rollout
 
     def row(tx):
         t, x = tx
-        return jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t, x)))(x)
+        return jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t, x, rollout.cond)))(x)
 
     return jax.lax.map(row, (rollout.t[1:], rollout.x[1:]))
 
@@ -109,7 +109,7 @@ class Matching(AbstractEstimator):
         return rollout.a_ref + expand(factor, g) * g
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x)
+        a = objective.control(params, rows.j, rows.x, rows.cond)
         z = shift(objective.scales[rows.j], a, rows.signal)
         error = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
         error = objective.intervals * jnp.mean(rows.weight * error)
@@ -140,7 +140,7 @@ class GradientBalance(AbstractEstimator):
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
         t_next = objective.sampler.ts[rows.j + 1]
-        g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x)))(rows.x_next)
+        g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x, rows.cond)))(rows.x_next)
         target = rows.a_ref + expand(pull_to_action(objective)[rows.j], g) * g
         return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
 
@@ -152,12 +152,12 @@ class GradientBalance(AbstractEstimator):
 
         def log_ratio_of(x):
             def squared(p):
-                return ((rows.x_next - phi * x - psi * objective.control(p, rows.j, x)) / std) ** 2
+                return ((rows.x_next - phi * x - psi * objective.control(p, rows.j, x, rows.cond)) / std) ** 2
 
             return -0.5 * jnp.sum(squared(params) - squared(reference))
 
         t, t_next = objective.sampler.ts[rows.j], objective.sampler.ts[rows.j + 1]
         cost = jax.grad(lambda x: jnp.sum((t_next - t) * objective.sampler.process.running_cost(t, x)))(rows.x)
         pull = objective.kl_weight * jax.lax.stop_gradient(jax.grad(log_ratio_of)(rows.x)) + cost
-        g = jax.grad(lambda x: jnp.sum(critic(value_params, objective, reference, t, x)))(rows.x)
+        g = jax.grad(lambda x: jnp.sum(critic(value_params, objective, reference, t, x, rows.cond)))(rows.x)
         return 0.5 * jnp.mean(jnp.sum((g + pull) ** 2, axis=tuple(range(1, g.ndim))))

@@ -112,12 +112,13 @@ class Pathwise(AbstractEstimator):
         starts = self.starts(objective)
         credit = self.credit(objective)[rows.j]
         if self.steps == 0:  # the policy's own guess of the final state
-            value = critic(models.value, objective, params, ts[rows.j], rows.x)
-            price = objective.price(objective.price_scales[rows.j], objective.control(params, rows.j, rows.x), rows.a_ref)
+            value = critic(models.value, objective, params, ts[rows.j], rows.x, rows.cond)
+            a = objective.control(params, rows.j, rows.x, rows.cond)
+            price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
             total = credit * value - objective.kl_weight * price
             return -len(starts) * jnp.mean(rows.weight * total), {"mean_value": jnp.mean(value)}
 
-        x, gained = self._step(objective, params, rows.j, rows.x, rows.noise, rows.a_ref)
+        x, gained = self._step(objective, params, rows.j, rows.x, rows.cond, rows.noise, rows.a_ref)
 
         def body(carry, step):
             x, gained = carry
@@ -126,8 +127,8 @@ class Pathwise(AbstractEstimator):
             inside = j < n
             j = jnp.minimum(j, n - 1)
             cost = objective.sampler.process.running_cost(ts[j], x) * (ts[j + 1] - ts[j])
-            a_ref = objective.control(models.reference, j, x) if objective.kl_weight > 0 else None
-            x_next, gain = self._step(objective, params, j, x, noise, a_ref)
+            a_ref = objective.control(models.reference, j, x, rows.cond) if objective.kl_weight > 0 else None
+            x_next, gain = self._step(objective, params, j, x, rows.cond, noise, a_ref)
             return (
                 jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
                 gained + jnp.where(inside, gain - credit * cost, 0),
@@ -135,15 +136,15 @@ class Pathwise(AbstractEstimator):
 
         later = (1 + jnp.arange(self.steps - 1), jnp.moveaxis(rows.signal, 1, 0))
         x, gained = _scan(body, (x, gained), later, self.small_memory)
-        value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x)
+        value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x, rows.cond)
         metrics: Metrics = {"mean_value": jnp.mean(value)}
         # a step is charged by all windows that it lies in: divided by how many that are, away from the ends
         return -len(starts) / self._overlap(n, starts) * jnp.mean(rows.weight * (credit * value + gained)), metrics
 
-    def _step(self, objective: Objective, params: Params, j, x, noise, a_ref):
+    def _step(self, objective: Objective, params: Params, j, x, cond, noise, a_ref):
         """One step of the chain and minus its price."""
         phi, psi, std = (expand(v[j], x) for v in objective.sampler.transitions())
-        a = objective.control(params, j, x)
+        a = objective.control(params, j, x, cond)
         gain = jnp.zeros(x.shape[0], x.dtype)
         if objective.kl_weight > 0:
             gain = -objective.kl_weight * objective.price(objective.price_scales[j], a, a_ref)

@@ -6,10 +6,12 @@ Any mismatch of a policy is squared. States may come from any policy; no gradien
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..critics import Critic, returns
+from ..groups import same_condition, variance_within
 from ..objective import Objective, Rollout, Rows, to_go
 from ..process import Params
 from .base import AbstractEstimator, Metrics, Models, per_path, require_price
@@ -18,7 +20,7 @@ from .base import AbstractEstimator, Metrics, Models, per_path, require_price
 def _tail(objective: Objective, params: Params, rows: Rows):
     """`lambda log(dP^a/dP^ref)` of every interval of whole paths, `[m, n]`."""
     pairs, fold = per_path(rows)
-    a = objective.control(params, pairs.j, pairs.x)
+    a = objective.control(params, pairs.j, pairs.x, pairs.cond)
     return objective.kl_weight * fold(objective.step_log_ratio(pairs, a))
 
 
@@ -26,7 +28,8 @@ class LogVariance(AbstractEstimator):
     r"""`Var(r - costs - lambda log dP^a/dP^ref) / (2 lambda)` over paths: zero exactly at the optimum.
 
     Nuesken and Richter 2021 (VarGrad, log-variance divergence). The variance is over a batch of paths, so `V*(t_0, x_0)` must not
-    depend on `x_0`: a fixed start or a memoryless reference; else use `PathConsistency`.
+    depend on `x_0`: a fixed start or a memoryless reference; else use `PathConsistency`. Under conditions it is the variance among the
+    paths of a minibatch that have the same one: draw several paths for each.
     """
 
     whole_paths: bool = eqx.field(static=True, default=True, init=False)
@@ -45,7 +48,8 @@ class LogVariance(AbstractEstimator):
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
         paid = jnp.sum(_tail(objective, params, rows), axis=1)
         residual = rows.signal[:, 0] - paid
-        loss = 0.5 * jnp.var(residual, ddof=1) / objective.kl_weight
+        of_paths = jax.tree.map(lambda v: v[:, 0], rows.cond)
+        loss = 0.5 * variance_within(residual, same_condition(of_paths, residual.dtype)) / objective.kl_weight
         return loss, {"residual": jnp.sqrt(2 * objective.kl_weight * loss)}
 
 

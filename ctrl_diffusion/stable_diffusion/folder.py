@@ -51,8 +51,11 @@ class StableDiffusion(NamedTuple):
 
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Array, "b n e"]:
         """What the UNet attends to, for each prompt; see `tokenize`."""
-        ids = tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings, truncate=truncate)
-        return self.text_encoder(jnp.asarray(ids)).last_hidden_state
+        return self.text_encoder(jnp.asarray(self.tokens(prompts, truncate=truncate))).last_hidden_state
+
+    def tokens(self, prompts: Sequence[str], *, truncate: bool = False) -> np.ndarray:
+        """Token ids `[b, n]` of the text encoder's length; see `tokenize`."""
+        return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings, truncate=truncate)
 
 
 def load_network(

@@ -1,0 +1,116 @@
+"""What an algorithm is made with and what it is: settings of training, its state, its programs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from ..estimators import Calls
+from ..objective import Rows
+from ..parallel import ONE_DEVICE, Layout
+from ..process import Cond, Params
+from ..trust import AbstractTrustRegion
+
+
+class State(NamedTuple):
+    """Everything a resume needs."""
+
+    params: Params
+    reference: Params
+    value_params: Params
+    optimizer: Any
+    value_optimizer: Any
+    memory: Any = ()
+    average: Params = ()
+
+
+class Info(NamedTuple):
+    """What one iteration showed: scalar metrics, and the final states with their rewards and conditions."""
+
+    metrics: dict[str, Float[Array, ""]]
+    samples: Float[Array, "b *x"]
+    rewards: Float[Array, " b"]
+    cond: Cond = None
+
+
+class TimeSampling(NamedTuple):
+    """A few times of every path, drawn anew for each path and iteration: less work per path, the same expected gradient.
+
+    Attributes:
+        number: rows per path, drawn with replacement.
+        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a row counts one over
+            its frequency, so that the density changes the variance of the policy's gradient and not its mean. A critic's regression
+            is on the rows as they are drawn.
+    """
+
+    number: int
+    density: Callable[[Float[Array, " n"]], Float[Array, " n"]] = jnp.ones_like
+
+    def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Rows) -> Rows:
+        """`[number, b]` of the columns `[s, b, ...]` at times `t`, with their weights."""
+        density = self.density(t) / jnp.sum(self.density(t))
+        batch = columns.j.shape[1]
+        chosen = jax.random.choice(key, len(t), (self.number, batch), p=density)
+        rows = jax.tree.map(lambda v: v[chosen, jnp.arange(batch)], columns)
+        return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
+
+
+class Training(NamedTuple):
+    """How much data an iteration has and how it is used; global numbers.
+
+    Attributes:
+        policy: how the policy moves: an optax optimiser, or a trust region such as `NaturalGradient(radius)`.
+        batch: paths per iteration.
+        epochs: passes over the rows of an iteration.
+        minibatches: updates per pass; must divide the number of rows: `batch * intervals` (or times), `batch` for whole paths.
+        value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
+        rollouts: parts that an iteration's paths are sampled in: while a black-box reward judges one on the host, the devices are busy
+            with the next. The same paths.
+        times: which times of a path make rows (default: every one that the estimator uses).
+        layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
+        accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient.
+        average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
+    """
+
+    policy: optax.GradientTransformation | AbstractTrustRegion
+    batch: int
+    epochs: int = 1
+    minibatches: int = 1
+    value: optax.GradientTransformation | None = None
+    times: TimeSampling | None = None
+    rollouts: int = 1
+    layout: Layout = ONE_DEVICE
+    accumulation: int = 1
+    average: float | None = None
+
+
+class Programs(NamedTuple):
+    """The compiled programs of an iteration; `select` and `update` run once per minibatch (see `programs.lower`)."""
+
+    draw: Any
+    collect: Any
+    annotate: Any
+    remember: Any
+    prepare: Any
+    shuffle: Any
+    select: Any
+    update: Any
+    finish: Any
+
+
+class Algorithm(NamedTuple):
+    """`state = init(params, value_params)` (`init(params)` without a learned value); `state, info = step(key, state)`.
+
+    `step` consumes its state (buffers are donated).
+    """
+
+    init: Callable[..., State]
+    step: Callable[[Key[Array, ""], State], tuple[State, Info]]
+    calls: Calls
+    """What one iteration evaluates, in samples (a value network not counted)."""
+    programs: Programs
+    fixed: Any
+    """The arrays that control and reward hold, which nothing changes: the first argument of programs that need them."""

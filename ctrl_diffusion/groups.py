@@ -1,0 +1,53 @@
+"""Statistics among paths of one condition: what is better than what *for the same prompt*.
+
+`same [b, b]` is 1 where two paths have the same condition, else 0; `None` where there are no conditions, and all paths are alike.
+A condition that a batch has once has no statistics of its own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Same = Float[Array, "b b"] | None
+
+
+def same_condition(cond: Any, dtype: Any = jnp.float32) -> Same:
+    """`same` for conditions of paths, arrays `[b, ...]`; `None` for `None`."""
+    leaves = jax.tree.leaves(cond)
+    if not leaves:
+        return None
+    same = [jnp.all(v[:, None] == v[None], axis=tuple(range(2, v.ndim + 1))) for v in leaves]
+    return jnp.all(jnp.stack(same), axis=0).astype(dtype)
+
+
+def mean_within(v: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
+    """Mean of `v` over the paths of the same condition; over all paths for conditions that occur once, or without conditions."""
+    of_all = jnp.broadcast_to(jnp.mean(v, axis=-1, keepdims=True), v.shape)
+    if same is None:
+        return of_all
+    count = jnp.sum(same, axis=0)
+    return jnp.where(count > 1, v @ same / count, of_all)
+
+
+def softmax_within(logits: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
+    """`exp(logits)` over its mean over the paths of the same condition: 1 on average, and 1 where a condition occurs once."""
+    if same is None:
+        return jax.nn.softmax(logits, axis=-1) * logits.shape[-1]
+
+    def one(row):
+        among = jnp.where(same > 0, row[None, :], -jnp.inf)
+        return jnp.exp(row - jax.nn.logsumexp(among, axis=-1)) * jnp.sum(same, axis=0)
+
+    flat = jax.lax.map(one, logits.reshape(-1, logits.shape[-1]))  # one [b, b] at a time
+    return flat.reshape(logits.shape)
+
+
+def variance_within(v: Float[Array, " b"], same: Same) -> Float[Array, ""]:
+    """Unbiased variance about the mean of the same condition, pooled over conditions; 0 if each occurs once."""
+    if same is None:
+        return jnp.var(v, ddof=1)
+    count = jnp.sum(same, axis=0)
+    freedom = v.shape[0] - jnp.sum(1 / count)  # paths minus conditions
+    return jnp.sum((v - v @ same / count) ** 2) / jnp.maximum(freedom, 1)

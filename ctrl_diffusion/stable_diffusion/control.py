@@ -1,0 +1,119 @@
+r"""A text-to-image model as a controlled process: the *guided* score is the action, a prompt is the condition.
+
+    a(t, x; p) = score of   e_empty + w (e_p - e_empty),      e_p = UNet(x, timestep(t), context of prompt p)
+
+Guidance is part of the policy: paths are made with it, path KL is measured with it, and gradients pass through both branches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..process import DiffusionProcess, Params, State
+from .folder import StableDiffusion
+from .noising import Noising
+from .vae import VAE
+
+Denoiser = Callable[..., Float[Array, "b h w c"]]
+
+
+class GuidedScore(eqx.Module):
+    """The guided score as a control, `(params, t, x [b, h, w, 4], prompt [b]) -> [b, h, w, 4]`; a prompt is its number.
+
+    Args:
+        denoise: `denoise(params, base, x, timesteps [b], context [b, n, e]) -> [b, h, w, 4]`, what the UNet predicts, of `split_lora` or
+            `split_full`.
+        base: its parameters that are not trained.
+        contexts: of all prompts, `[p, n, e]`.
+        empty: the context of the empty (or a negative) prompt, `[n, e]`.
+        guidance: `w`; 1 is no guidance, at half the cost.
+        noising: what the network was trained with.
+        process: the process whose score this is, of `noising.process`.
+    """
+
+    denoise: Denoiser = eqx.field(static=True)
+    base: Any
+    contexts: Float[Array, "p n e"]
+    empty: Float[Array, "n e"]
+    guidance: float = eqx.field(static=True)
+    noising: Noising = eqx.field(static=True)
+    process: DiffusionProcess
+
+    def __call__(self, params: Params, t, x: State, prompt: Int[Array, " b"]) -> State:
+        tau = jnp.broadcast_to(self.process.tau(t), x.shape[:1])
+        timesteps, context = self.noising.timestep(tau), self.contexts[prompt]
+        if self.guidance == 1:
+            prediction = self.denoise(params, self.base, x, timesteps, context)
+        else:
+            both = jnp.concatenate([context, jnp.broadcast_to(self.empty, context.shape)])
+            found = self.denoise(params, self.base, jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps]), both)
+            text, empty = jnp.split(found, 2)
+            prediction = empty + self.guidance * (text - empty)
+        return self.noising.prediction.to_score(self.process.schedule, tau, x, prediction)
+
+
+class Decoder(eqx.Module):
+    """Latents of the diffusion model `[b, h, w, 4]` to images `[b, H, W, 3]` in [-1, 1], clipped, `chunk` at a time.
+
+    Memory is that of one chunk, for the gradient as well: it decodes again.
+    """
+
+    graphdef: Any = eqx.field(static=True)
+    params: Any
+    chunk: int = eqx.field(static=True)
+
+    def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        @jax.checkpoint
+        def one(latents):
+            return nnx.merge(self.graphdef, self.params).to_images(latents[None])[0]
+
+        images = jax.lax.map(one, latents, batch_size=min(self.chunk, latents.shape[0]))
+        return jnp.clip(images, -1, 1)
+
+
+def decoder(vae: VAE, chunk: int = 8) -> Decoder:
+    """The decoder of a VAE as a function of latents that holds its parameters."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: it is the number of images that are decoded together.")
+    return Decoder(*nnx.split(vae), chunk)
+
+
+def encode_prompts(
+    model: StableDiffusion, prompts: Sequence[str], *, chunk: int = 32, truncate: bool = False
+) -> Float[Array, "p n e"]:
+    """Contexts of prompts, float32, `chunk` at a time; longer prompts than the encoder's are refused unless `truncate`."""
+    graphdef, params = nnx.split(model.text_encoder)
+    length = model.text_encoder.config.max_position_embeddings
+    encode = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids).last_hidden_state.astype(jnp.float32))
+    found = []
+    for i in range(0, len(prompts), chunk):
+        ids = model.tokens([*prompts[i : i + chunk]], truncate=truncate)
+        padded = np.concatenate([ids, np.zeros((chunk - len(ids), length), ids.dtype)])
+        found.append(encode(params, jnp.asarray(padded))[: len(ids)])
+    if not found:
+        raise ValueError("prompts is empty: give at least one.")
+    return jnp.concatenate(found)
+
+
+def drawn_prompts(count: int, per_prompt: int) -> Callable[[Any, int], Int[Array, " n"]]:
+    """The law of an iteration's conditions: prompts drawn at random from `count`, each for `per_prompt` paths in a row.
+
+    No prompt is drawn twice where there are enough of them.
+    """
+    if count < 1 or per_prompt < 1:
+        raise ValueError(f"count={count} and per_prompt={per_prompt} must be at least 1.")
+
+    def law(key, n):
+        if n % per_prompt:
+            raise ValueError(f"per_prompt={per_prompt} must divide the number of paths, {n}.")
+        groups = n // per_prompt
+        chosen = jax.random.choice(key, count, (groups,), replace=groups > count)
+        return jnp.repeat(chosen, per_prompt)
+
+    return law
