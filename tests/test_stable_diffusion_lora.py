@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 from ctrl_diffusion.stable_diffusion import (
     LoRA,
@@ -255,7 +256,7 @@ def test_we_read_what_we_write(network, folder, output, tmp_path, format):
 def adapted(model, **changes):
     """A torch UNet with peft's LoRA, every parameter of it moved."""
     model = copy.deepcopy(model)
-    options = dict(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+    options = dict(r=RANK, lora_alpha=ALPHA, target_modules=list(ATTENTION))
     model.add_adapter(peft.LoraConfig(**(options | changes)))
     return moved(model)
 
@@ -306,10 +307,10 @@ PATTERNS = dict(rank_pattern={"attn1.to_q": 2}, alpha_pattern={r"attn\d.to_k": 3
 @pytest.mark.parametrize(
     ("write", "prefix", "changes"),
     [
-        (by_adapter, None, PATTERNS),
-        (by_pipeline, "unet", dict(use_rslora=True)),
+        (by_adapter, None, PATTERNS | dict(target_modules=list(TARGETS))),
+        (by_pipeline, "unet", PATTERNS | dict(use_rslora=True)),
         (by_pipeline_without_alpha, "unet", PATTERNS),
-        (in_old_names, "unet", dict(target_modules=list(ATTENTION))),
+        (in_old_names, "unet", {}),
         (in_half_precision, "unet", {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -322,6 +323,17 @@ def test_we_read_what_diffusers_writes(model, folder, tmp_path, write, prefix, c
     network = load_network(UNet, folder)
     load_lora(network, tmp_path)
     assert relative(call(other, *INPUTS), call(model, *INPUTS)) > 0.1
+    assert relative(apply(network, *INPUTS), call(other, *INPUTS)) < GATE
+
+
+def test_we_read_both_spellings_in_one_file(model, folder, tmp_path):
+    """diffusers' own scripts write such files for layers outside of attention, of which it then ignores one half."""
+    other = adapted(model, lora_alpha=RANK, target_modules=list(TARGETS))
+    by_pipeline_without_alpha(other, tmp_path)
+    with safe_open(tmp_path / DIFFUSERS, "numpy") as file:
+        assert {re.search(r"lora_A|lora\.down|$", name)[0] for name in file.keys()} == {"lora_A", "lora.down", ""}
+    network = load_network(UNet, folder)
+    load_lora(network, tmp_path)
     assert relative(apply(network, *INPUTS), call(other, *INPUTS)) < GATE
 
 
