@@ -207,6 +207,7 @@ def test_merging_rounds_once():
     network = small(jnp.bfloat16)
     add_lora(network, 2, alpha=8, targets=["mid_block.attentions.0.proj_in"], rngs=nnx.Rngs(1))
     lora = randomised(network).mid_block.attentions[0].proj_in
+    assert isinstance(lora, LoRA)
     kernel, down, up = (np.asarray(v[...], np.float64) for v in (lora.layer.kernel, lora.down, lora.up))
     merge_lora(network)
     merged, exact = network.mid_block.attentions[0].proj_in.kernel[...], kernel + 4 * (down @ up)

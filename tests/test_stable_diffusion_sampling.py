@@ -8,7 +8,19 @@ from flax import nnx
 from ctrl_diffusion.solvers import DDIM, ExponentialEuler, integrate
 from ctrl_diffusion.stable_diffusion import add_lora, load_folder, parse_noising, save_lora
 from tests.lora_reference import randomised
-from tests.stable_diffusion_reference import GATE, SCHEDULER, compiled, diffusers, nchw, nhwc, normal, pipeline, relative, torch
+from tests.stable_diffusion_reference import (
+    EXTRA,
+    GATE,
+    SCHEDULER,
+    compiled,
+    diffusers,
+    nchw,
+    nhwc,
+    normal,
+    pipeline,
+    relative,
+    torch,
+)
 
 STEPS, GUIDANCE = 10, 7.5
 PROMPTS = ["a cat", "the cats sat"]
@@ -85,6 +97,7 @@ def test_generation(today, name, solver):
 
 def test_images_of_exported_lora(today, tmp_path):
     """diffusers' pipeline loads what we write, and makes our images."""
+    pytest.importorskip("peft", reason=EXTRA)
     network, model = nnx.clone(today[1].unet), today[1]
     add_lora(network, 4, alpha=6.0, rngs=nnx.Rngs(0))
     save_lora(randomised(network), tmp_path / "lora")
