@@ -26,6 +26,15 @@ from .folder import (
     save_network as save_network,
     tokenize as tokenize,
 )
+from .lora import (
+    LoRA as LoRA,
+    add_lora as add_lora,
+    lora_parameters as lora_parameters,
+    merge_lora as merge_lora,
+    split_full as split_full,
+    split_lora as split_lora,
+)
+from .lora_files import load_lora as load_lora, save_lora as save_lora
 from .noising import Noising as Noising, parse_noising as parse_noising, read_noising as read_noising
 from .unet import UNet as UNet
 from .vae import VAE as VAE, Posterior as Posterior

@@ -16,6 +16,7 @@ from . import names
 from .blocks import AttentionFn
 from .clip_text import CLIPText
 from .config import CLIPTextConfig, UNetConfig, VAEConfig, config_values, read_config
+from .lora import lora_layers
 from .noising import Noising, noising_values, read_noising
 from .unet import UNet
 from .vae import VAE
@@ -171,6 +172,8 @@ def save_folder(model: StableDiffusion, folder: StrPath) -> None:
 
 def _write_network(network: UNet | VAE | CLIPText, folder: Path) -> None:
     kind = KINDS[type(network)]
+    if isinstance(network, UNet) and lora_layers(network):
+        raise ValueError("network has LoRA: merge_lora(network) folds it into what is written here, save_lora writes it alone.")
     _write_json(folder / "config.json", config_values(network.config))
     save_parameters(network, folder / f"{kind.stem}.safetensors", kind.names(network.config))
 
