@@ -9,9 +9,20 @@ import tyro
 C = TypeVar("C")
 
 
-def execute(run: Callable[[C], Any], config: type[C], description: str | None, module: str, args: Sequence[str] | None) -> int:
-    """Parse `args` (default: those of the process) as `config` and run it; 0, or 1 after an error that the settings explain."""
-    parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}")
+def execute(
+    run: Callable[[C], Any],
+    config: type[C],
+    description: str | None,
+    module: str,
+    args: Sequence[str] | None,
+    default: C | None = None,
+) -> int:
+    """Parse `args` (default: those of the process) as `config` and run it; 0, or 1 after an error that the settings explain.
+
+    `default` has the values of options that are not given (default: those of the class).
+    """
+    own = {} if default is None else {"default": default}
+    parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **own)
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:

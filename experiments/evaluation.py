@@ -70,9 +70,7 @@ class Evaluator:
         """`n` samples of the policy `params` under conditions `[n, ...]`; the first `m` of them do not depend on `n`."""
         if self.scales is None:
             return self._collect(lambda *rows: (self._plain(params, *rows), None), key, n, cond, label)
-        return self._collect(
-            lambda *rows: self._with_kl(params, self.reference, self.scales, *rows), key, n, cond, label
-        )
+        return self._collect(lambda *rows: self._with_kl(params, self.reference, self.scales, *rows), key, n, cond, label)
 
     def _collect(self, draw: Callable, key: jax.Array, n: int, cond: Cond, label: str) -> Samples:
         xs, rewards, kls = [], [], []

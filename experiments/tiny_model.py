@@ -54,7 +54,12 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
         tokenizer = _tokenizer(Path(temporary))
     words = len(tokenizer)
     text = CLIPTextConfig(
-        vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, eos_token_id=words - 1
+        vocab_size=words,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=words - 1,
     )
     networks = [
         _drawn(lambda rngs: UNet(UNET, rngs=rngs), numbers),

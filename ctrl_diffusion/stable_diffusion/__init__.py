@@ -17,6 +17,13 @@ from .config import (
     parse_config as parse_config,
     read_config as read_config,
 )
+from .control import (
+    Decoder as Decoder,
+    GuidedScore as GuidedScore,
+    decoder as decoder,
+    drawn_prompts as drawn_prompts,
+    encode_prompts as encode_prompts,
+)
 from .folder import (
     StableDiffusion as StableDiffusion,
     load_folder as load_folder,
@@ -38,4 +45,5 @@ from .lora_files import load_lora as load_lora, save_lora as save_lora
 from .noising import Noising as Noising, parse_noising as parse_noising, read_noising as read_noising
 from .unet import UNet as UNet
 from .vae import VAE as VAE, Posterior as Posterior
+from .value import LatentValue as LatentValue
 from .weights import abstract_network as abstract_network
