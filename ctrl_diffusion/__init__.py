@@ -6,6 +6,7 @@ from . import (
     critics as critics,
     estimators as estimators,
     exact as exact,
+    image_rewards as image_rewards,
     predictions as predictions,
     rewards as rewards,
     schedules as schedules,

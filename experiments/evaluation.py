@@ -78,7 +78,7 @@ class Evaluator:
         chunk = self.chunk
         for i in tqdm(range(0, n, chunk), desc=f"sampling ({label})", unit="batch", leave=False):
             rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)  # the last chunk repeats the last sample
-            given = self.layout.put(jax.tree.map(lambda v: v[rows], (keys, cond)), self.layout.batch)
+            given = self.layout.put(jax.tree.map(lambda v, rows=rows: v[rows], (keys, cond)), self.layout.batch)
             x, kl = self.layout.paced(draw(*given))
             keep = slice(0, min(chunk, n - i))
             xs.append(whole(x)[keep])

@@ -234,7 +234,7 @@ def decoded(parts: Parts, latents: np.ndarray) -> np.ndarray:
 
 
 def prompt_diversity(images: np.ndarray, prompt: np.ndarray) -> float | None:
-    """Mean distance between two images of the same prompt, root mean square over pixels of 16x16 thumbnails in [-1, 1]; null without pairs."""
+    """Mean distance between two images of a prompt, root mean square over 16x16 thumbnails in [-1, 1]; null without pairs."""
     n, height, width, channels = images.shape
     side = min(16, height, width)
     cropped = images[:, : height - height % side, : width - width % side]

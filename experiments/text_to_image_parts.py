@@ -69,6 +69,7 @@ def load_parts(config: Config, layout: Layout) -> Parts:
             model.unet, config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets, rngs=nnx.Rngs(config.seed)
         )
     denoise, params, base = (sd.split_lora if config.train == "lora" else sd.split_full)(model.unet)
+    params = jax.tree.map(lambda v: v, params)  # apart from the network, which results are put into
     contexts = sd.encode_prompts(model, [*prompts, *held_out, config.negative_prompt])
     decode = sd.decoder(model.vae, config.decode_chunk)
     judged = make_reward(config.reward, config.reward_weights, [*prompts, *held_out], config.reward_folder, config.decode_chunk)

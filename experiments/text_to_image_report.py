@@ -145,6 +145,11 @@ def _number(metrics: Mapping[str, Any], name: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
+def _table(columns: Sequence[str], rows: str) -> str:
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+
+
 def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping[str, np.ndarray], history) -> str:
     title = escape(f"Fine-tuning {Path(config['model']).name} for {' + '.join(config['reward'])}")
     lead = (
@@ -168,10 +173,10 @@ def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping
         "<h2>Prompts that were trained on</h2>\n<p>Left before, right after, from the same noise; not selected. Below: the rewards.</p>\n"
         + _pairs(images, "training"),
         "<h2>Held-out prompts</h2>\n" + _pairs(images, "held_out"),
-        f'<h2>Progress and other samplers</h2>\n<figure><img alt="reward, path KL, other samplers" src="data:image/png;base64,{curves}"></figure>',
-        f"<h2>All metrics</h2>\n<table><thead><tr><th>Metric</th><th>Value ± standard error</th></tr></thead>\n<tbody>{rows}</tbody></table>",
-        "<details><summary>Prompts</summary>\n<table><thead><tr><th>Prompt</th><th>Images</th><th>Reward before</th><th>after</th></tr></thead>"
-        f"<tbody>{prompts}</tbody></table></details>",
+        "<h2>Progress and other samplers</h2>\n"
+        f'<figure><img alt="reward, path KL, other samplers" src="data:image/png;base64,{curves}"></figure>',
+        f"<h2>All metrics</h2>\n{_table(('Metric', 'Value ± standard error'), rows)}",
+        f"<details><summary>Prompts</summary>\n{_table(('Prompt', 'Images', 'Reward before', 'after'), prompts)}</details>",
         f"<details><summary>Settings</summary>\n<table>{settings}</table></details>",
     ]
     body = "\n".join(f"<section>{part}</section>" for part in parts)

@@ -1,4 +1,4 @@
-"""Conditions (prompts, classes): every algorithm under one condition is the algorithm without, and conditions are judged each for itself."""
+"""Conditions (prompts, classes): each is judged for itself, and under one condition every algorithm is what it is without."""
 
 import re
 

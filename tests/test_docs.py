@@ -134,7 +134,7 @@ def test_your_own_reward_data_and_network(tmp_path, monkeypatch):
 
 
 PACKAGES = ("ctrl_diffusion", "experiments", "jax", "equinox", "diffrax", "optax", "numpy", "optimistix", "lineax")
-FILES = re.compile(r".*\.(py|md|json|jsonl|html|png|npz|toml|cff|txt|safetensors)")
+FILES = re.compile(r".*\.(py|md|json|jsonl|html|png|npz|toml|cff|txt|safetensors|pt|pth)")
 
 
 def member(found, name: str):

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Images = Float[Array, "b h w c"]
 Resized = Float[Array, "b _ _ _"]  # images of another size or with other channels
 Sequence = Float[Array, "b n c"]
-# attention(q [b, n, heads, d], k [b, m, heads, d], v [b, m, heads, d], is_causal=...) -> [b, n, heads, d]
+# attention(q [b, n, heads, d], k [b, m, heads, d], v [b, m, heads, d], is_causal=...) -> [b, n, heads, d]; if some positions of the
+# context do not count, also mask=[b, 1, 1, m]
 AttentionFn = Callable[..., Float[Array, "b n k d"]]
 
 erf_gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -44,7 +45,9 @@ class Layers(NamedTuple):
     def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
         return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
 
-    def conv(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: Any = None) -> nnx.Conv:
+    def conv(
+        self, inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
+    ) -> nnx.Conv:
         """A square kernel; `padding`: pixels (before, after) on both axes, default `size // 2` on either side."""
         before, after = (size // 2, size // 2) if padding is None else padding
         return nnx.Conv(
@@ -53,6 +56,7 @@ class Layers(NamedTuple):
             (size, size),
             strides=stride,
             padding=((before, after), (before, after)),
+            use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=self.rngs,
@@ -140,9 +144,11 @@ class Attention(nnx.Module):
         self.to_v = layers.linear(context, width, bias)
         self.to_out = layers.linear(width, width)
 
-    def __call__(self, x: Sequence, context: Float[Array, "b m e"]) -> Sequence:
+    def __call__(self, x: Sequence, context: Float[Array, "b m e"], seen: Bool[Array, "b m"] | None = None) -> Sequence:
+        """`seen`: which positions of the context count; default: all."""
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
-        heads = self.attention(q, k, v, is_causal=self.causal)
+        options = {} if seen is None else dict(mask=seen[:, None, None, :])
+        heads = self.attention(q, k, v, is_causal=self.causal, **options)
         return self.to_out(heads.reshape(x.shape).astype(x.dtype))
 
     def _split(self, x: Sequence) -> Float[Array, "b n k d"]:

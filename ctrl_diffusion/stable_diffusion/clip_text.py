@@ -11,6 +11,7 @@ from .blocks import Attention, AttentionFn, Layers, Sequence, erf_gelu, quick_ge
 from .config import CLIPTextConfig
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
+Config = Any  # `CLIPTextConfig`, or another description with the same entries: hidden_size, intermediate_size, hidden_act, ...
 
 
 class TextFeatures(NamedTuple):
@@ -35,7 +36,7 @@ class Embeddings(nnx.Module):
 class MLP(nnx.Module):
     """`fc2(act(fc1(x)))`."""
 
-    def __init__(self, config: CLIPTextConfig, layers: Layers):
+    def __init__(self, config: Config, layers: Layers):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = layers.linear(config.hidden_size, config.intermediate_size)
         self.fc2 = layers.linear(config.intermediate_size, config.hidden_size)
@@ -45,12 +46,12 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Causal self-attention and an MLP, each added to its input after a norm."""
+    """Self-attention and an MLP, each added to its input after a norm."""
 
-    def __init__(self, config: CLIPTextConfig, layers: Layers):
+    def __init__(self, config: Config, layers: Layers, causal: bool):
         width = config.hidden_size
         self.layer_norm1, self.layer_norm2 = (layers.layer_norm(width, config.layer_norm_eps) for _ in range(2))
-        self.self_attn = Attention(width, width, config.num_attention_heads, layers, bias=True, causal=True)
+        self.self_attn = Attention(width, width, config.num_attention_heads, layers, bias=True, causal=causal)
         self.mlp = MLP(config, layers)
 
     def __call__(self, x: Sequence) -> Sequence:
@@ -60,11 +61,11 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The stack of layers."""
+    """The stack of layers; `causal`: position `n` sees those up to `n` alone."""
 
-    def __init__(self, config: CLIPTextConfig, layers: Layers, remat: bool):
+    def __init__(self, config: Config, layers: Layers, remat: bool, causal: bool = True):
         self.remat = remat
-        self.layers = nnx.List([EncoderLayer(config, layers) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([EncoderLayer(config, layers, causal) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: Sequence) -> Sequence:
         for layer in self.layers:

@@ -29,7 +29,8 @@ class Names(NamedTuple):
 
     def tensor(self, path: Path) -> str:
         """Today's name of the parameter that lies at a path."""
-        return f"{self.module(path[:-1])}.{LEAVES[path[-1]]}"
+        module, leaf = self.module(path[:-1]), LEAVES.get(path[-1], str(path[-1]))
+        return f"{module}.{leaf}" if module else leaf
 
     def today(self, name: str) -> str:
         """Today's name of a tensor in a file of any age."""

@@ -4,6 +4,7 @@ Every tensor of a file is used exactly once. Files and tensors are named in erro
 before the first tensor is read.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,17 +27,13 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, not read yet; `dtype` in safetensors' words."""
+    """A tensor in a file, not read yet: `read()` does; `dtype` in safetensors' words."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-
-    def read(self) -> np.ndarray:
-        """The tensor. The file is opened anew for each, because pages once mapped count as this process's memory."""
-        with safe_open(self.file, framework="numpy") as file:
-            return file.get_tensor(self.name)
+    read: Callable[[], np.ndarray]
 
 
 def find_files(folder: Path, stem: str) -> list[Path]:
@@ -88,9 +85,18 @@ def _tensors_of(file: Path) -> list[Stored]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return [Stored(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+            return [
+                Stored(file, name, tuple(s.get_shape()), s.get_dtype(), functools.partial(_read, file, name))
+                for name, s in slices.items()
+            ]
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def _read(file: Path, name: str) -> np.ndarray:
+    """A tensor. The file is opened anew for each, because pages once mapped count as this process's memory."""
+    with safe_open(file, framework="numpy") as opened:
+        return opened.get_tensor(name)
 
 
 class _OneKey(nnx.Rngs):
@@ -114,27 +120,43 @@ def load_parameters(
     cast: bool = False,
     sharding: Placement | None = None,
 ) -> Network:
-    """The network that `make` describes, with the parameters of a folder's files.
+    """`filled` from the safetensors files of a folder; for `folder` and `stem` see `find_files`."""
+    found = read_headers(folder, stem, names)
+    return filled(make, found, f"{folder / stem}.safetensors", names, "config.json", cast=cast, sharding=sharding)
+
+
+def filled(
+    make: Callable[[nnx.Rngs], Network],
+    found: Mapping[str, Stored],
+    where: str,
+    names: Names,
+    description: str,
+    *,
+    cast: bool = False,
+    sharding: Placement | None = None,
+) -> Network:
+    """The network that `make` describes, with the parameters found in files.
 
     No random parameters are made. Each tensor is read, transposed and placed
     before the next is read: beyond the network itself, memory holds one tensor.
 
     Args:
         make: makes the network with random parameters; it is evaluated for their shapes alone.
-        folder, stem: where the files are; see `find_files`.
+        found: all tensors of the files, by today's names.
+        where, description: what errors call the files, and what says which network they hold.
         names: of the network's tensors.
         cast: convert tensors of another floating-point type to the parameters' type instead of refusing them.
         sharding: where each parameter goes; default: the default device.
     """
     graphdef, state = nnx.split(abstract_network(make))
     wanted = {names.tensor(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    found = read_headers(folder, stem, names)
-    for name, value in names.constants:
-        if name in found and name not in wanted:
-            _check_constant(found.pop(name), value)
-    _check_names(folder, stem, set(wanted), found)
+    constants = {name: value for name, value in names.constants if name in found and name not in wanted}
+    for name, value in constants.items():
+        _check_constant(found[name], value)
+    found = {name: stored for name, stored in found.items() if name not in constants}
+    _check_names(where, description, set(wanted), found)
     for name, (path, variable) in wanted.items():
-        _check_tensor(found[name], shape_in_file(path, variable.shape), np.dtype(variable.dtype).name, cast)
+        _check_tensor(found[name], shape_in_file(path, variable.shape), np.dtype(variable.dtype).name, description, cast)
     place = sharding or (lambda name, shape: None)
 
     def parameter(name, path, variable):
@@ -151,13 +173,13 @@ def _check_constant(stored: Stored, value: np.ndarray) -> None:
         raise ValueError(f"{stored.file}: tensor {stored.name!r} is not the constant {value.tolist()} that this network has.")
 
 
-def _check_names(folder: Path, stem: str, wanted: set[str], found: Mapping[str, Stored]) -> None:
+def _check_names(where: str, description: str, wanted: set[str], found: Mapping[str, Stored]) -> None:
     missing, extra = sorted(wanted - set(found)), [stored for name, stored in sorted(found.items()) if name not in wanted]
     if missing:
-        raise ValueError(f"{folder / stem}.safetensors: {len(missing)} tensors are missing: {_some(missing)}.")
+        raise ValueError(f"{where}: {len(missing)} tensors are missing: {_some(missing)}.")
     if extra:
         raise ValueError(
-            f"{extra[0].file}: {len(extra)} tensors are not part of the network that config.json describes: "
+            f"{extra[0].file}: {len(extra)} tensors are not part of the network that {description} describes: "
             f"{_some([stored.name for stored in extra])}."
         )
 
@@ -166,10 +188,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
-def _check_tensor(stored: Stored, shape: tuple[int, ...], dtype: str, cast: bool) -> None:
+def _check_tensor(stored: Stored, shape: tuple[int, ...], dtype: str, description: str, cast: bool) -> None:
     where = f"{stored.file}: tensor {stored.name!r}"
     if stored.shape != shape:
-        raise ValueError(f"{where} is {list(stored.shape)}, but config.json describes a network where it is {list(shape)}.")
+        raise ValueError(f"{where} is {list(stored.shape)}, but {description} describes a network where it is {list(shape)}.")
     if stored.dtype not in DTYPES:
         raise ValueError(f"{where} is of type {stored.dtype}, which is none of {', '.join(DTYPES)}.")
     if DTYPES[stored.dtype] != dtype and not cast:

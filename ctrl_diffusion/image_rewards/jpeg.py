@@ -1,0 +1,33 @@
+"""The size of an image as a JPEG file: black boxes, for `ctrl_diffusion.pooled(jpeg_compressibility)`."""
+
+import io
+
+import numpy as np
+
+
+def jpeg_bytes(images: np.ndarray, quality: int = 95) -> np.ndarray:
+    """Bytes of each image's JPEG file, `[b]`; images `[b, h, w, 3]` in [-1, 1] are clipped and rounded to 8 bits.
+
+    By Pillow; another version, or another library under it, can differ by a few bytes.
+    """
+    from PIL import Image  # not needed for anything else in the library
+
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images of shape {images.shape} must be [b, h, w, 3], in [-1, 1].")
+    sizes = []
+    for image in np.clip(np.round(127.5 * (images.astype(np.float64) + 1)), 0, 255).astype(np.uint8):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="JPEG", quality=quality)
+        sizes.append(file.tell())
+    return np.asarray(sizes, np.int64).reshape(len(images))
+
+
+def jpeg_compressibility(images: np.ndarray) -> np.ndarray:
+    """`-(bytes of the JPEG file of quality 95) / 1000` of each image in [-1, 1] (Black et al. 2023)."""
+    return -jpeg_bytes(images) / 1000
+
+
+def jpeg_incompressibility(images: np.ndarray) -> np.ndarray:
+    """`(bytes of the JPEG file of quality 95) / 1000` of each image in [-1, 1] (Black et al. 2023)."""
+    return jpeg_bytes(images) / 1000

@@ -1,0 +1,139 @@
+"""Reward models from the files in which they are published; nothing is fetched."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..stable_diffusion.blocks import AttentionFn, Layers
+from ..stable_diffusion.folder import load_tokenizer
+from ..stable_diffusion.weights import Placement, filled, read_headers
+from . import names
+from .clip import CLIP, CLIPImages
+from .config import VIT_H_14, CLIPConfig, read_clip_config
+from .pixels import Preprocess, antialiased, half_down
+from .scores import Aesthetic, LinearLayers, TextAlignment
+from .torch_files import read_torch_file
+
+StrPath = str | os.PathLike[str]
+Network = TypeVar("Network", CLIP, CLIPImages)
+
+
+class Loading(NamedTuple):
+    """How networks are loaded."""
+
+    dtype: Any = None
+    """What is computed in; default: the parameters' type."""
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+    """Recompute the insides of every layer for the gradient."""
+    attention: AttentionFn = jax.nn.dot_product_attention
+    cast: bool = False
+    """Convert files of another floating-point type to `param_dtype` instead of refusing them."""
+    sharding: Placement | None = None
+    """`sharding(name, shape)` says where a parameter is put; default: on the default device."""
+
+    def make(self, cls: Any, config: Any) -> Callable[[nnx.Rngs], Any]:
+        return functools.partial(
+            _make, cls, config, dict(dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat, attention=self.attention)
+        )
+
+
+def _make(cls: Any, config: Any, options: dict[str, Any], rngs: nnx.Rngs) -> Any:
+    return cls(config, **options, rngs=rngs)
+
+
+FLOAT32 = Loading()
+
+
+def load_clip(folder: StrPath, loading: Loading = FLOAT32) -> CLIP:
+    """Both towers from the folder of a `CLIPModel`: `config.json` and safetensors files."""
+    return _load_clip(CLIP, Path(folder), loading)
+
+
+def load_clip_images(folder: StrPath, loading: Loading = FLOAT32) -> CLIPImages:
+    """The vision tower from the folder of a `CLIPModel`; the text tower is not read."""
+    return _load_clip(CLIPImages, Path(folder), loading)
+
+
+def _load_clip(cls: type[Network], folder: Path, loading: Loading) -> Network:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a CLIPModel.")
+    config = read_clip_config(folder / "config.json")
+    known = names.clip(config)
+    found = read_headers(folder, "model", known)
+    if cls is CLIPImages:
+        found = {name: stored for name, stored in found.items() if not name.startswith(("text_", "logit_scale"))}
+    where = str(folder / "model.safetensors")
+    return filled(loading.make(cls, config), found, where, known, "config.json", cast=loading.cast, sharding=loading.sharding)
+
+
+def load_clip_similarity(folder: StrPath, loading: Loading = FLOAT32) -> TextAlignment:
+    """The cosine between image and text of a CLIP, for example `openai/clip-vit-large-patch14`, from its folder, tokenizer included."""
+    return TextAlignment(load_clip(folder, loading), load_tokenizer(folder))
+
+
+def load_pickscore(folder: StrPath, tokenizer: StrPath | None = None, loading: Loading = FLOAT32) -> TextAlignment:
+    """PickScore (Kirstain et al. 2023), `exp(logit_scale) cos(image, text)`, from the folder of `yuvalkirstain/PickScore_v1`.
+
+    Args:
+        tokenizer: the folder of a CLIP tokenizer; default: `folder`.
+    """
+    preprocess = Preprocess(margin=half_down)  # transformers' image processor
+    return TextAlignment(load_clip(folder, loading), load_tokenizer(tokenizer or folder), preprocess, scaled=True)
+
+
+def load_aesthetic(clip: StrPath, file: StrPath, loading: Loading = FLOAT32) -> Aesthetic:
+    """LAION's aesthetic predictor (Schuhmann et al. 2022).
+
+    Args:
+        clip: the folder of `openai/clip-vit-large-patch14`, of which the text tower is not read.
+        file: `sac+logos+ava1-l14-linearMSE.pth`.
+    """
+    network = load_clip_images(clip, loading)
+    return Aesthetic(network, load_linear_layers(file, network.config.projection_dim, loading))
+
+
+def load_linear_layers(file: StrPath, inputs: int, loading: Loading = FLOAT32) -> LinearLayers:
+    """The layers of the aesthetic predictor on `inputs` features; they are always computed in `param_dtype`."""
+
+    def make(rngs: nnx.Rngs) -> LinearLayers:
+        return LinearLayers(inputs, Layers(rngs, None, loading.param_dtype))
+
+    found, what = read_torch_file(Path(file)), f"an aesthetic predictor of {inputs} features"
+    return filled(make, found, str(file), names.AESTHETIC, what, cast=loading.cast, sharding=loading.sharding)
+
+
+def load_hps(
+    file: StrPath,
+    tokenizer: StrPath,
+    loading: Loading = FLOAT32,
+    *,
+    config: CLIPConfig = VIT_H_14,
+    preprocess: Preprocess | None = None,
+) -> TextAlignment:
+    """HPSv2 and HPSv2.1 (Wu et al. 2023), `cos(image, text)`, from `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt`.
+
+    These files are float16: `Loading(cast=True)`, or `param_dtype=jnp.float16`.
+
+    Args:
+        tokenizer: the folder of a CLIP tokenizer, for example that of a Stable Diffusion 1 folder.
+        preprocess: default: `HPS_PREPROCESS`, which see.
+    """
+    known = names.clip(config)
+    found = names.by_todays_names(names.openai_tensors(read_torch_file(Path(file), "state_dict")), known)
+    make = loading.make(CLIP, config)
+    network = filled(make, found, str(file), known, "CLIP ViT-H/14", cast=loading.cast, sharding=loading.sharding)
+    return TextAlignment(network, load_tokenizer(tokenizer), preprocess or HPS_PREPROCESS)
+
+
+HPS_PREPROCESS = Preprocess(resize=antialiased)
+"""HPSv2 resizes floating-point images, with the antialiasing that torchvision has had by default since 0.17.
+
+With an older torchvision it did not: `Preprocess(resize=interpolated)`.
+"""

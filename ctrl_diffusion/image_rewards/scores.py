@@ -1,0 +1,110 @@
+"""What the networks' outputs are worth: `reward(images [b, h, w, 3] in [-1, 1], ids [b, n]) -> [b]`.
+
+Rewards are pytrees: pass them to compiled functions as arguments, so that their parameters are not compiled in.
+
+    score = jax.jit(lambda reward, images, ids: reward(images, ids))
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from ..rewards import Reward
+from ..stable_diffusion.blocks import Layers
+from ..stable_diffusion.folder import tokenize
+from .chunks import in_chunks
+from .clip import CLIP, CLIPImages, unit
+from .pixels import Images, Preprocess, check_images
+
+
+class AbstractImageReward(eqx.Module):
+    """`reward(images, ids) -> [b]`, differentiable in the images."""
+
+    @abc.abstractmethod
+    def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
+        """The score of each image, for the text in its row of `ids` if the reward reads texts.
+
+        Args:
+            images: in [-1, 1], of any size; clipped.
+            ids: what `tokenize` says of the prompts.
+        """
+
+    @abc.abstractmethod
+    def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> Int32[np.ndarray, "b n"] | None:
+        """What the reward reads of the prompts, `None` if nothing. Longer ones than it can read are refused, or cut off."""
+
+
+class TextAlignment(AbstractImageReward):
+    """`cos(image, text)` of a CLIP, times `exp(logit_scale)` if `scaled`: CLIP similarity, PickScore and HPSv2."""
+
+    network: CLIP
+    tokenizer: Any = eqx.field(static=True)
+    preprocess: Preprocess = eqx.field(static=True, default=Preprocess())
+    scaled: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
+        check_images(images)
+        if ids is None:
+            raise ValueError("ids=None: this reward reads the prompts: pass reward.tokenize(prompts).")
+        cosine = self.network.cosine(self.preprocess(images), ids)
+        return cosine * jnp.exp(self.network.logit_scale[...].astype(cosine.dtype)) if self.scaled else cosine
+
+    def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> Int32[np.ndarray, "b n"]:
+        return tokenize(self.tokenizer, prompts, self.network.config.text.max_position_embeddings, truncate=truncate)
+
+
+class LinearLayers(nnx.Module):
+    """Five linear maps one after the other, to 1024, 128, 64, 16 and 1 numbers, with nothing in between."""
+
+    def __init__(self, inputs: int, layers: Layers):
+        widths = (inputs, 1024, 128, 64, 16, 1)
+        self.layers = nnx.List([layers.linear(n, m) for n, m in zip(widths, widths[1:])])
+
+    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, " b"]:
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, 0]
+
+
+class Aesthetic(AbstractImageReward):
+    """`mlp(image / |image|)` with the features of CLIP ViT-L/14: LAION's aesthetic predictor, from about 1 to 10.
+
+    Its five layers have nothing in between, so that the score is linear in the normalised features. Reads no text.
+    """
+
+    network: CLIPImages | CLIP
+    mlp: LinearLayers
+    preprocess: Preprocess = eqx.field(static=True, default=Preprocess())
+
+    def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
+        check_images(images)
+        return self.mlp(unit(self.network.image_features(self.preprocess(images))))
+
+    def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> None:
+        return None
+
+
+def for_prompts(reward: AbstractImageReward, ids: Int[Any, "b n"] | None, name: str, *, chunk: int | None = None) -> Reward:
+    """`ctrl_diffusion.Reward` of images alone, for texts that do not change.
+
+    Args:
+        ids: `reward.tokenize(prompts)`: one row for all images, or a row for each image of every batch.
+        name: under which it is logged.
+        chunk: images at a time, see `in_chunks`; default: all.
+    """
+    rows = None if ids is None else jnp.asarray(ids)
+
+    @jax.jit
+    def score(reward: AbstractImageReward, images: Images, rows: Int[Array, "m n"] | None) -> Float[Array, " b"]:
+        if rows is not None and rows.shape[0] == 1:
+            rows = jnp.broadcast_to(rows, (images.shape[0], rows.shape[1]))
+        return (reward if chunk is None else in_chunks(reward, chunk))(images, rows)
+
+    return Reward(name, lambda images: score(reward, images, rows), True)
