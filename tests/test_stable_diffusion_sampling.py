@@ -6,8 +6,21 @@ import pytest
 from flax import nnx
 
 from ctrl_diffusion.solvers import DDIM, ExponentialEuler, integrate
-from ctrl_diffusion.stable_diffusion import load_folder, parse_noising
-from tests.stable_diffusion_reference import GATE, SCHEDULER, compiled, diffusers, nchw, nhwc, normal, pipeline, relative, torch
+from ctrl_diffusion.stable_diffusion import add_lora, load_folder, parse_noising, save_lora
+from tests.lora_reference import randomised
+from tests.stable_diffusion_reference import (
+    EXTRA,
+    GATE,
+    SCHEDULER,
+    compiled,
+    diffusers,
+    nchw,
+    nhwc,
+    normal,
+    pipeline,
+    relative,
+    torch,
+)
 
 STEPS, GUIDANCE = 10, 7.5
 PROMPTS = ["a cat", "the cats sat"]
@@ -43,6 +56,18 @@ def guided(network, noising, process):
     return control, params
 
 
+def generator(network, noising, solver):
+    """`generate(start [b, h, w, c], (context without text, context)) -> latents` with guidance, deterministic."""
+    process = noising.process(STEPS, eta=0.0)
+    control, params = guided(network, noising, process)
+
+    @compiled
+    def run(x, args):
+        return integrate(process.term(control, None), solver, noising.grid(STEPS), x, args)
+
+    return lambda start, contexts: run(jnp.asarray(start), (params, contexts))
+
+
 @pytest.mark.parametrize(
     ("name", "solver"),
     [(name, ExponentialEuler()) for name in SCHEDULERS] + [("SD 1", DDIM())],
@@ -58,19 +83,36 @@ def test_generation(today, name, solver):
     expected = nhwc(pipe(PROMPTS, latents=nchw(start), **options).images)
     np.testing.assert_array_equal(pipe.scheduler.timesteps, noising.timesteps(STEPS))
 
-    process = noising.process(STEPS, eta=0.0)
-    control, params = guided(model.unet, noising, process)
-    args = (params, (model.encode(["", ""]), model.encode(PROMPTS)))
-
-    @compiled
-    def generate(x, args):
-        return integrate(process.term(control, None), solver, noising.grid(STEPS), x, args)
-
-    latents = generate(jnp.asarray(start), args)
+    generate = generator(model.unet, noising, solver)
+    empty, text = model.encode(["", ""]), model.encode(PROMPTS)
+    latents = generate(start, (empty, text))
     assert relative(latents, expected) < GATE
     if name == "SD 1" and isinstance(solver, DDIM):
-        unguided = generate(jnp.asarray(start), (params, (args[1][1],) * 2))
+        unguided = generate(start, (text, text))
         assert relative(unguided, expected) > 0.1  # the texts matter
         with torch.no_grad():
             images = nhwc(pipe.vae.decode(nchw(expected) / pipe.vae.config.scaling_factor).sample)
         assert relative(model.vae.to_images(latents), images) < GATE
+
+
+def test_images_of_exported_lora(today, tmp_path):
+    """diffusers' pipeline loads what we write, and makes our images."""
+    pytest.importorskip("peft", reason=EXTRA)
+    network, model = nnx.clone(today[1].unet), today[1]
+    add_lora(network, 4, alpha=6.0, rngs=nnx.Rngs(0))
+    save_lora(randomised(network), tmp_path / "lora")
+    pipe, noising = pipeline(tmp_path), parse_noising({"_class_name": "DDIMScheduler", **SCHEDULER})
+    pipe.set_progress_bar_config(disable=True)
+    start = normal(5, 2, 8, 8, 4)
+
+    def images():
+        options = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np")
+        return pipe(PROMPTS, latents=nchw(start), **options).images
+
+    before = images()
+    pipe.load_lora_weights(tmp_path / "lora")
+    expected = images()
+    assert relative(before, expected) > 0.1  # it matters
+    latents = generator(network, noising, ExponentialEuler())(start, (model.encode(["", ""]), model.encode(PROMPTS)))
+    got = jnp.clip(0.5 + 0.5 * model.vae.to_images(latents), 0, 1)
+    assert relative(got, expected) < GATE

@@ -31,6 +31,7 @@ from .lora import (
     add_lora as add_lora,
     lora_parameters as lora_parameters,
     merge_lora as merge_lora,
+    split_full as split_full,
     split_lora as split_lora,
 )
 from .lora_files import load_lora as load_lora, save_lora as save_lora

@@ -78,6 +78,8 @@ def add_lora(
         raise ValueError(f"alpha={alpha} must be positive: the change is multiplied by alpha / rank.")
     if isinstance(targets, str):
         raise TypeError(f"targets={targets!r} must be a sequence of strings: pass [targets].")
+    if not targets:
+        raise ValueError(f"targets={targets!r} names no layer: leave it out for all attention.")
     layers, present = pointwise_layers(network), lora_layers(network)
     found = [name for name in layers if matches(name, targets)]
     for target in targets:
@@ -104,19 +106,33 @@ def lora_parameters(network: UNet) -> Any:
     return nnx.state(network, nnx.LoRAParam)
 
 
-def split_lora(network: UNet) -> tuple[Callable[..., Array], Any, Any]:
+Split = tuple[Callable[..., Float[Array, "b h w out"]], Any, Any]
+
+
+def split_lora(network: UNet) -> Split:
     """A UNet as `(function, lora, base)` with `function(lora, base, x, timesteps, context)`.
 
     `lora` is what is trained. `base`, all other parameters, is an argument as well: what a compiled function closes over is
     written into its program, which for a full-sized UNet means gigabytes.
     """
     some_lora(network)
-    graphdef, lora, base = nnx.split(network, nnx.LoRAParam, ...)
+    return _split(network, nnx.LoRAParam)
 
-    def function(lora, base, x, timesteps, context):
-        return nnx.merge(graphdef, lora, base)(x, timesteps, context)
 
-    return function, lora, base
+def split_full(network: UNet) -> Split:
+    """A UNet without LoRA in the same form, for full fine-tuning: all parameters are trained, and `base` is empty."""
+    if lora_layers(network):
+        raise ValueError("network has LoRA: train it alone, split_lora(network), or merge_lora(network) first.")
+    return _split(network, nnx.Param)
+
+
+def _split(network: UNet, trained: type[nnx.Variable]) -> Split:
+    graphdef, params, base = nnx.split(network, trained, ...)
+
+    def function(params, base, x, timesteps, context):
+        return nnx.merge(graphdef, params, base)(x, timesteps, context)
+
+    return function, params, base
 
 
 def merge_lora(network: UNet) -> None:

@@ -31,6 +31,7 @@ from .weights import Stored, read_headers
 
 STEMS = {"diffusers": "pytorch_lora_weights", "peft": "adapter_model"}
 CONFIG = "adapter_config.json"
+FILES = {CONFIG, *(f"{stem}.safetensors" for stem in STEMS.values())}
 METADATA = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
 FLOATS = ("F16", "BF16", "F32")  # exact in float32
 SPELLINGS = Names(
@@ -67,12 +68,17 @@ def save_lora(network: UNet, folder: StrPath, format: str = "diffusers") -> None
     """Write a UNet's LoRA; `folder` is replaced as a whole, never half-written.
 
     Args:
+        folder: absent, or with nothing in it but LoRA.
         format: "diffusers", for `StableDiffusionPipeline.load_lora_weights`; its readers take alpha for the rank, so that
             `up` is written times `alpha / rank`. "peft", for `PeftModel.from_pretrained`; alpha is kept.
     """
     if format not in STEMS:
         raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, STEMS))}.")
     layers = {name: lora for name, (_, lora) in some_lora(network).items()}
+    folder = Path(folder)
+    others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.exists() else []
+    if others:
+        raise ValueError(f"{folder} holds {others[0]}, which would be lost: LoRA is written into a folder of its own.")
     tensors: dict[str, np.ndarray] = {}
     for name, lora in layers.items():
         down, up = _to_file(lora, lora.down[...]), _to_file(lora, lora.up[...])
@@ -80,7 +86,7 @@ def save_lora(network: UNet, folder: StrPath, format: str = "diffusers") -> None
             tensors |= {f"unet.{name}.lora.down.weight": down, f"unet.{name}.lora.up.weight": up * np.float32(lora.scale)}
         else:
             tensors |= {f"base_model.model.{name}.lora_{a}.weight": array for a, array in (("A", down), ("B", up))}
-    with replaced(Path(folder)) as temporary:
+    with replaced(folder) as temporary:
         save_file(tensors, temporary / f"{STEMS[format]}.safetensors", {"format": "pt"})
         if format == "peft":
             (temporary / CONFIG).write_text(json.dumps(_description(layers), indent=2, sort_keys=True) + "\n", encoding="utf-8")
