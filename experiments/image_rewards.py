@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -63,13 +62,14 @@ SOLVERS: dict[str, Callable[[], dfx.AbstractSolver]] = {
 
 
 class ForPrompts(eqx.Module):
-    """A reward of images and token ids as one of images and numbers of prompts."""
+    """A reward of images and token ids as one of images and numbers of prompts, `chunk` images at a time."""
 
     reward: image_rewards.AbstractImageReward
     ids: Any
+    chunk: int = eqx.field(static=True)
 
     def __call__(self, images: Float[Array, "b h w c"], prompt: Any) -> Float[Array, " b"]:
-        return self.reward(images, None if self.ids is None else self.ids[prompt])
+        return image_rewards.in_chunks(self.reward, self.chunk)(images, None if self.ids is None else self.ids[prompt])
 
 
 def make_reward(names: Sequence[str], weights: Sequence[float], prompts: Sequence[str], folder: Path, chunk: int) -> cd.Reward:
@@ -98,19 +98,8 @@ def _one(name: str, prompts: Sequence[str], folder: Path, chunk: int) -> cd.Rewa
         raise FileNotFoundError(f"reward={name!r} needs its files in {folder / name}: see docs/text_to_image.md.")
     reward = choice.load(folder / name)
     ids = reward.tokenize(prompts, truncate=True)
-    judge = ForPrompts(reward, None if ids is None else jnp.asarray(ids))
-    return cd.differentiable(_InChunks(judge, chunk), name, conditional=True)
-
-
-class _InChunks(eqx.Module):
-    """`fn(images, prompt)` of `chunk` images at a time, which are judged again for the gradient."""
-
-    fn: ForPrompts
-    chunk: int = eqx.field(static=True)
-
-    def __call__(self, images: Float[Array, "b h w c"], prompt: Any) -> Float[Array, " b"]:
-        one = jax.checkpoint(lambda row: self.fn(row[0][None], row[1][None])[0])
-        return jax.lax.map(one, (images, prompt), batch_size=min(self.chunk, len(images)))
+    judge = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
+    return cd.differentiable(judge, name, conditional=True)
 
 
 def _own(name: str, prompts: Sequence[str]) -> cd.Reward:

@@ -143,7 +143,7 @@ class Evaluations:
         """Both, on the training prompts or on those held out."""
         n, parts = self.config.evaluation_samples, self.parts
         first, count = (parts.trained, parts.held_out) if held_out else (0, parts.trained)
-        prompt, key = rows_of_prompts(first, count, n), jax.random.fold_in(self.key, int(held_out))
+        prompt, key = rows_of_prompts(first, min(count, max(1, n // 2)), n), jax.random.fold_in(self.key, int(held_out))
         evaluator = self._evaluator(name, sampler)
         before = self._before(f"{name}_{'held_out' if held_out else 'training'}", evaluator, key, prompt)
         return Pair(before, evaluator.samples(params, key, n, jnp.asarray(prompt), label), prompt)

@@ -101,7 +101,7 @@ class Config:
     decode_chunk: int = 8
     """Images that are decoded and judged together."""
     evaluation_samples: int = 32
-    """Images of each evaluation, of the training prompts and of those held out."""
+    """Images of each evaluation, of the training prompts and of those held out: at least two of each, of as many prompts as that leaves."""
     evaluate_every: int = 10
     """Iterations between evaluations."""
     evaluation_solvers: tuple[str, ...] = ("DPMSolverPP2M",)
