@@ -80,8 +80,12 @@ class Critic(eqx.Module):
 
     def values(self, params: Params, rollout: Rollout) -> Float[Array, "K b"]:
         """Values of all recorded states, the last ones being the rewards."""
-        rows = (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat)
-        values = jax.lax.map(lambda row: self.value(params, *row, rollout.cond), rows)
+
+        def value(row):
+            t, x, x_hat, r_hat = row
+            return self.value(params, t, x, x_hat, r_hat, rollout.cond)
+
+        values = jax.lax.map(value, (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat))
         return jnp.concatenate([values, rollout.reward[None]])
 
     def targets(self, objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:

@@ -14,10 +14,13 @@ from .parallel import BATCH, DATA, FSDP, Layout
 from .process import Params
 
 Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+GivenLoss = Callable[[Params, Rows, Any], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
-def reduced_once(loss: Loss, layout: Layout, parts: int) -> Loss:
-    """`loss`, a mean over rows, with a gradient that is summed over `parts` equal parts of the rows, one after the other.
+def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Loss:
+    """`loss(params, rows, given)`, a mean over rows, with a gradient that is summed over `parts` equal parts of the rows.
+
+    `given` are arrays that are not differentiated, the same for all rows. Parts are worked through one after the other.
 
     Where devices have all parameters, each works through its own rows and the sums are reduced over the devices once, at the end,
     whatever loops the loss has inside. Where parameters are divided (`fsdp > 1`) the compiler brings them together and reduces their
@@ -26,14 +29,14 @@ def reduced_once(loss: Loss, layout: Layout, parts: int) -> Loss:
     alone = layout.mesh is None
     whole_parameters = layout.mesh is not None and layout.mesh.shape[FSDP] == 1
     if alone and parts == 1:
-        return loss
+        return lambda params, rows: loss(params, rows, given)
 
-    def in_parts(params: Params, rows: Rows) -> tuple[Any, Params]:
+    def in_parts(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
         def split(v):
             return jnp.moveaxis(v.reshape((v.shape[0] // parts, parts) + v.shape[1:]), 1, 0)
 
         def one(gradient, part):
-            found, change = jax.value_and_grad(loss, has_aux=True)(params, part)
+            found, change = jax.value_and_grad(loss, has_aux=True)(params, part, given)
             return jax.tree.map(lambda a, b: a + b / parts, gradient, change), found
 
         divided = jax.tree.map(split, rows)
@@ -42,8 +45,8 @@ def reduced_once(loss: Loss, layout: Layout, parts: int) -> Loss:
         gradient, (value, metrics) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), divided)
         return (jnp.mean(value), _combined(metrics, jnp.mean, jnp.max)), gradient
 
-    def on_each(params: Params, rows: Rows) -> tuple[Any, Params]:
-        (value, metrics), gradient = in_parts(params, rows)
+    def on_each(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
+        (value, metrics), gradient = in_parts(params, rows, given)
         axes = (DATA, FSDP)
         maxima = {name: jax.lax.pmax(v, axes) for name, v in metrics.items() if _is_maximum(name)}
         means = {name: v for name, v in metrics.items() if name not in maxima}
@@ -52,11 +55,11 @@ def reduced_once(loss: Loss, layout: Layout, parts: int) -> Loss:
 
     def evaluated(params: Params, rows: Rows) -> tuple[Any, Params]:
         if not whole_parameters:
-            return in_parts(params, rows)
+            return in_parts(params, rows, given)
         everywhere = PartitionSpec()
         return jax.shard_map(
-            on_each, mesh=layout.mesh, in_specs=(everywhere, BATCH), out_specs=everywhere, check_vma=False
-        )(params, rows)  # fmt: skip
+            on_each, mesh=layout.mesh, in_specs=(everywhere, BATCH, everywhere), out_specs=everywhere, check_vma=False
+        )(params, rows, given)  # fmt: skip
 
     @jax.custom_vjp
     def total(params, rows):

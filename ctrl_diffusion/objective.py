@@ -26,7 +26,7 @@ from .sampler import Sampler, log_ratio
 from .solvers import ExponentialEuler
 
 Penalty = Callable[[Float[Array, "..."]], Float[Array, "..."]]
-Lookahead = Callable[[Sampler, Params, Float[Array, ""] | Float[Array, " m"], State, State, Cond], State]
+Lookahead = Callable[..., State]  # (sampler, params, t, x, action, cond) -> the guess
 Conditions = Callable[[Key[Array, ""], int], Cond]
 
 

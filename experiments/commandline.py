@@ -21,8 +21,8 @@ def execute(
 
     `default` has the values of options that are not given (default: those of the class).
     """
-    own = {} if default is None else {"default": default}
-    parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **own)
+    options: Any = {} if default is None else {"default": default}
+    parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **options)
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:

@@ -16,8 +16,8 @@ from ctrl_diffusion.parallel import Layout
 
 from .image_rewards import SOLVERS, make_reward
 from .presets import Settings, choose, require_gradient
+from .random_model import Config as RandomModel, write_random_model
 from .text_to_image_config import TINY, Config, price, read_prompts
-from .tiny_model import write_tiny_model
 
 
 class Parts(NamedTuple):
@@ -54,7 +54,7 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     if config.model == TINY:
         folder = config.out / TINY
         if not folder.is_dir():
-            write_tiny_model(folder, config.seed)
+            write_random_model(RandomModel(folder, seed=config.seed))
     prompts, held_out = read_prompts(config)
 
     def place(name: str, shape: tuple[int, ...]):

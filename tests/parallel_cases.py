@@ -4,6 +4,7 @@ import math
 import re
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,33 @@ def same_numbers(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     moved = [np.max(np.abs(a - b)) for a, b in zip(leaves(alone.params), leaves(PARAMS))]
     assert max(moved) > 1e-4
+
+
+class Shifted(eqx.Module):
+    """The control with a fixed table added, of which the condition takes a row."""
+
+    table: jax.Array
+
+    def __call__(self, params, t, x, cond):
+        return CONTROL(params, t, x, None) + self.table[cond]
+
+
+def test_conditions_and_fixed_arrays_do_not_depend_on_the_devices():
+    def alone_or_together(layout):
+        reward = cd.differentiable(lambda x, cond: EXACT.reward(x) * (1.0 + cond), conditional=True)
+        sampler = cd.Sampler(PROCESS, Shifted(0.1 * jnp.arange(8.0).reshape(4, 2)), (2,), grid=PROCESS.grid(STEPS))
+        objective = cd.Objective(sampler, reward, 1.0, conditions=lambda key, n: jax.random.randint(key, (n,), 0, 4))
+        algorithm = cd.dpok(objective, cd.Training(optax.sgd(1e-2), BATCH, minibatches=2, layout=layout))
+        return algorithm.step(jax.random.key(3), algorithm.init(PARAMS))
+
+    alone, info = alone_or_together(Layout())
+    for name in ("eight", "four by two"):
+        state, found = alone_or_together(layouts()[name])
+        np.testing.assert_array_equal(found.cond, info.cond)
+        np.testing.assert_array_equal(found.samples, info.samples)  # bit for bit
+        for a, b in zip(leaves(state), leaves(alone)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert len(set(np.asarray(info.cond).tolist())) == 4
 
 
 @pytest.mark.parametrize("name", ["likelihood ratio", "pathwise, all steps", "path consistency"])

@@ -94,7 +94,7 @@ def compose(
         control, reward = eqx.combine(fixed, rest)
         return eqx.tree_at(lambda o: (o.sampler.control, o.reward), objective, (layout.gathering(control), reward))
 
-    def drawn(key) -> Cond:
+    def conditions_of(key) -> Cond:
         return None if objective.conditions is None else objective.conditions(key, batch)
 
     def empty_rollout() -> Rollout:
@@ -105,7 +105,7 @@ def compose(
 
         interval = like(n, batch, *shape)
         t, x, pairs = like(*ts.shape), like(n + 1, batch, *shape), like(n, batch)
-        cond = jax.eval_shape(drawn, jax.random.key(0))
+        cond = jax.eval_shape(conditions_of, jax.random.key(0))
         return Rollout(t, x, interval, interval, interval, interval, pairs, like(batch), cond)  # pyright: ignore[reportArgumentType]
 
     def init(params: Params, value_params: Params = ()) -> State:
@@ -126,7 +126,7 @@ def compose(
     @jax.jit
     def draw(key) -> Cond:
         """The conditions of an iteration."""
-        return divided(drawn(key), 0)
+        return divided(conditions_of(key), 0)
 
     @jax.jit
     def collect(fixed, key, params, cond, part) -> tuple[Trajectory, Float[Array, "b *x"], Cond]:
@@ -216,19 +216,20 @@ def compose(
         change, state = critic.optimizer.update(gradient, state, value_params)
         return optax.apply_updates(value_params, change), state, {"value_loss": error}
 
-    def policy_loss(objective, reference, value_params):
-        return lambda params, rows: estimator.loss(objective, critic, params, Models(reference, value_params), rows)
+    def policy_loss(params, rows, given):
+        fixed, models = given
+        return estimator.loss(bound(fixed), critic, params, models, rows)
 
     @jax.jit(donate_argnums=0)
     def update(learned, fixed, reference, rows: Rows):
         """One update of policy and value on the rows of a minibatch."""
         params, value_params, opt, value_opt, average = learned
-        objective = bound(fixed)
-        loss = policy_loss(objective, reference, value_params)
+        given = (fixed, Models(reference, value_params))
+        loss = partial(policy_loss, given=given)
         if estimator.is_mean:
-            loss = reduced_once(loss, layout, parts)
+            loss = reduced_once(policy_loss, given, layout, parts)
         new_params, opt, metrics = trust_region.minibatch(loss, params, opt, rows)
-        value_params, value_opt, value_metrics = value_step(objective, value_params, value_opt, params, reference, rows)
+        value_params, value_opt, value_metrics = value_step(bound(fixed), value_params, value_opt, params, reference, rows)
         if training.average is not None:
             average = optax.incremental_update(new_params, average, 1 - training.average)
         learned = (new_params, value_params, opt, value_opt, average)
@@ -236,8 +237,8 @@ def compose(
 
     @jax.jit(donate_argnums=0)
     def finish(params, fixed, models: Models, rows: Rows):
-        objective = bound(fixed)
-        params, metrics = trust_region.finish(objective, policy_loss(objective, *models), params, rows)
+        loss = partial(policy_loss, given=(fixed, models))
+        params, metrics = trust_region.finish(bound(fixed), loss, params, rows)
         return layout.constrain(params, layout.parameters), metrics
 
     @jax.jit

@@ -1,0 +1,260 @@
+"""Text to image, end to end on a tiny random model in the real folder format: through the same code as a real one."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ctrl_diffusion as cd
+from ctrl_diffusion import stable_diffusion as sd
+from ctrl_diffusion.algorithms import lower
+from ctrl_diffusion.parallel import ONE_DEVICE
+from experiments.presets import ALGORITHMS
+from experiments.random_model import Config as RandomModel, write_random_model
+from experiments.text_to_image import main, prompt_diversity, run
+from experiments.text_to_image_config import Config, check, price, read_prompts
+from experiments.text_to_image_parts import latent_shape, load_parts, make_algorithm, make_sampler, rows_of_prompts
+from experiments.text_to_image_report import MEANINGS
+from experiments.text_to_image_settings import PUBLISHED, chosen_settings
+
+SMALL = dict(
+    steps=4, batch=4, samples_per_prompt=2, iterations=2, minibatches=2, evaluation_samples=4, evaluate_every=1,
+    checkpoint_every=1, evaluation_solvers=(), evaluation_steps=(), learning_rate=1e-2, reward=("brightness",),
+    algorithm="dpok", kl_weight=0.0,
+)  # fmt: skip
+
+
+def pale(images, prompts):
+    """A reward of one's own; it fails where the environment says so."""
+    if os.environ.get("FAIL_FROM_NOW_ON") == "1" and len(CALLS) >= 3:
+        raise RuntimeError("the judge is out")
+    CALLS.append(prompts)
+    assert images.shape[1:] == (32, 32, 3) and all(isinstance(prompt, str) for prompt in prompts)
+    return images.mean(axis=(1, 2, 3)) + 0.01 * np.asarray([len(prompt) for prompt in prompts])
+
+
+CALLS: list = []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("text_to_image") / "run"
+    config = Config(out=out, **(SMALL | dict(evaluation_solvers=("DPMSolverPP2M",), evaluation_steps=(3,))))
+    return config, run(config)
+
+
+def test_a_run_leaves_everything_behind(finished):
+    config, metrics = finished
+    assert metrics == json.loads((config.out / "metrics.json").read_text())
+    assert metrics["path_kl"] > 0 and metrics["iterations"] == 2
+    assert np.isclose(metrics["gain"], metrics["reward"] - metrics["reward_before"], atol=1e-6)
+    assert metrics["gain"] > 3 * metrics["gain_se"] > 0  # brightness is easy
+    assert metrics["objective"] == metrics["reward"]  # no price
+    assert metrics["held_out_path_kl"] > 0 and metrics["diversity_before"] > 0
+    assert set(MEANINGS) <= set(metrics)
+    assert [(c["solver"], c["steps"], c["eta"]) for c in metrics["cells"]] == [
+        ("ExponentialEuler", 4, 1.0),
+        ("ExponentialEuler", 3, 1.0),
+        ("DPMSolverPP2M", 4, 0.0),
+    ]
+    assert np.isclose(metrics["cells"][0]["reward"], metrics["reward"], atol=1e-6)
+    assert {row["held_out"] for row in metrics["prompts"].values()} == {True, False}
+    page = (config.out / "gallery.html").read_text()
+    assert page.count("<img") >= 4 * config.evaluation_samples and "http" not in page
+    rows = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert all(row["reward_worst_prompt"] <= row["reward"] <= row["reward_best_prompt"] for row in rows)
+    for name in ("samples.png", "curves.png"):
+        assert (config.out / name).stat().st_size > 10_000
+
+
+def test_the_same_command_again_leaves_it_alone(finished, capsys):
+    config, metrics = finished
+    assert run(config) == metrics
+    assert "finished" in capsys.readouterr().out
+
+
+def test_lora_gives_the_images_of_the_run(finished):
+    """The original folder and the last LoRA, loaded as a user would, sample what the run showed as its result."""
+    config, _ = finished
+    folders = sorted(path.name for path in (config.out / "lora").iterdir())
+    assert folders == ["iteration_00001", "iteration_00002"]
+    model = sd.load_folder(config.out / "tiny-random")
+    prompts = read_prompts(config)[0][:2]
+    contexts = sd.encode_prompts(model, [*prompts, ""])
+    noising = model.noising
+    process = noising.process(config.steps)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), 0)
+    keys, prompt = cd.sample_keys(key, 4), jnp.asarray(rows_of_prompts(0, 2, 4))
+    with np.load(config.out / "images.npz") as images:
+        shown = {name: images[name] for name in images.files}
+    assert shown["training_prompts"].tolist() == [prompts[i] for i in prompt]
+    for when in ("before", "after"):
+        if when == "after":
+            sd.load_lora(model.unet, config.out / "lora" / folders[-1])
+        denoise, params, base = (sd.split_lora if when == "after" else sd.split_full)(model.unet)
+        control = sd.GuidedScore(denoise, base, contexts[:-1], contexts[-1], config.guidance, noising, process)
+        sampler = cd.Sampler(process, control, (8, 8, 4), grid=noising.grid(config.steps))
+        pixels = np.clip(model.vae.to_images(sampler.sample(params, keys, prompt)), -1, 1)
+        assert (
+            np.max(np.abs(np.round(127.5 * (pixels + 1)) - shown[f"training_{when}"])) <= 1
+        )  # a grey level, at a rounding edge
+    assert np.max(np.abs(shown["training_before"].astype(int) - shown["training_after"])) > 3
+
+
+def test_a_reward_that_fails_keeps_the_state(tmp_path, monkeypatch, capsys):
+    """A reward of one's own, given images and prompts; the run that goes on after its error ends as one without."""
+    settings = SMALL | dict(reward=("tests.test_text_to_image:pale",), iterations=3, evaluate_every=9)
+    args = [
+        word
+        for name, v in settings.items()
+        for word in (f"--{name.replace('_', '-')}", *map(str, v if isinstance(v, tuple) else (v,)))
+    ]
+    CALLS.clear()
+    monkeypatch.setenv("FAIL_FROM_NOW_ON", "1")
+    assert main(["--out", str(tmp_path / "failed"), *args]) == 1
+    assert "iteration 2" in (text := capsys.readouterr().err) and "the judge is out" in text
+    monkeypatch.delenv("FAIL_FROM_NOW_ON")
+    assert main(["--out", str(tmp_path / "failed"), *args]) == 0
+    assert main(["--out", str(tmp_path / "whole"), *args]) == 0
+    for name in ("metrics.json", "images.npz"):
+        assert (tmp_path / "whole" / name).exists()
+    failed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("failed", "whole"))
+    assert failed["prompts"] == whole["prompts"] and failed["path_kl"] == whole["path_kl"]  # bit for bit
+    files = [tmp_path / name / "lora" / "iteration_00003" / "pytorch_lora_weights.safetensors" for name in ("failed", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write_random_model(RandomModel(folder / "model"))
+    return Config(out=folder / "none", model=str(folder / "model"), **SMALL)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_every_algorithm_applies(tiny, train):
+    """Traced, not run: control, value, decoder, reward and prompts fit every algorithm's programs."""
+    config = dataclasses.replace(tiny, train=train)
+    parts = load_parts(config, ONE_DEVICE)
+    for name in ALGORITHMS if train == "lora" else ("vard",):
+        chosen = dataclasses.replace(config, algorithm=name, kl_weight=0.1, minibatches=1, value="structured")
+        sampler = make_sampler(chosen, parts, steps=3, eta=1.0)
+        algorithm, value_params = make_algorithm(chosen, parts, sampler, ONE_DEVICE)
+        lower(algorithm, ONE_DEVICE, parts.params, value_params)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
+    rest = sum(leaf.size for leaf in jax.tree.leaves(parts.base))
+    assert (trained < rest / 10) if train == "lora" else rest == 0
+
+
+def test_guidance_is_part_of_the_policy(tiny):
+    """The guided score against its definition; both branches are given a gradient."""
+    parts = load_parts(tiny, ONE_DEVICE)
+    sampler = make_sampler(tiny, parts, steps=4, eta=1.0)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    t, prompt = sampler.ts[1], jnp.asarray([1, 3])
+    model, process, noising = parts.model, sampler.process, parts.model.noising
+    params = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(jax.random.key(1), v.shape), parts.params)
+    index = jnp.full(2, 1000 * (1 - float(t)) - 1)
+
+    def score(params, guidance, context, empty):
+        text, none = (parts.denoise(params, parts.base, x, jnp.round(index), c) for c in (context, empty))
+        return -(none + guidance * (text - none)) / process.schedule.sigma(1 - t)
+
+    context = model.encode([parts.prompts[int(i)] for i in prompt])
+    empty = jnp.broadcast_to(model.encode([""]), context.shape)
+    np.testing.assert_allclose(sampler.control(params, t, x, prompt), score(params, 5.0, context, empty), rtol=2e-3, atol=2e-3)
+    alone = make_sampler(dataclasses.replace(tiny, guidance=1.0), parts, steps=4, eta=1.0)
+    np.testing.assert_allclose(alone.control(params, t, x, prompt), score(params, 1.0, context, empty), rtol=2e-3, atol=2e-3)
+
+    def gradient(fn):
+        return jax.grad(lambda p: jnp.sum(fn(p) ** 2))(params)
+
+    found = gradient(lambda p: sampler.control(p, t, x, prompt))
+    expected = gradient(lambda p: score(p, 5.0, context, empty))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * float(jnp.max(jnp.abs(b))))
+    assert noising.timesteps(4)[1] == round(float(index[0]))
+
+
+def test_decoding_in_chunks(tiny):
+    parts = load_parts(tiny, ONE_DEVICE)
+    latents = jax.random.normal(jax.random.key(0), (5, 8, 8, 4))
+    whole = np.clip(parts.model.vae.to_images(latents), -1, 1)
+    for chunk in (1, 2, 8):
+        np.testing.assert_allclose(sd.decoder(parts.model.vae, chunk)(latents), whole, atol=1e-5)
+
+
+def test_prompts_are_drawn_in_groups():
+    law = sd.drawn_prompts(7, 3)
+    drawn = np.asarray(law(jax.random.key(0), 12)).reshape(4, 3)
+    assert (drawn == drawn[:, :1]).all() and len(set(drawn[:, 0])) == 4 and drawn.max() < 7
+    many = np.asarray(sd.drawn_prompts(2, 1)(jax.random.key(0), 400))
+    assert abs(many.mean() - 0.5) < 0.1
+    with pytest.raises(ValueError, match="per_prompt=3 must divide"):
+        law(jax.random.key(0), 10)
+
+
+def test_diversity_within_prompts():
+    images = np.zeros((4, 32, 32, 3))
+    images[1] += 0.5
+    images[2] += 9.0  # of another prompt
+    images[3] += 9.0
+    assert np.isclose(prompt_diversity(images, np.asarray([0, 0, 1, 1])), 0.25)
+    assert prompt_diversity(images, np.arange(4)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(reward=("nice",)), "'nice' is not one of jpeg_compressibility"),
+        (dict(algorithm="dpo"), "Did you mean 'dpok'"),
+        (dict(reward=("brightness",), reward_weights=(1.0, 2.0)), "one for each of reward"),
+        (dict(reward=("a:b",), kl_weight=None), "has no default price"),
+        (dict(batch=6, samples_per_prompt=4), "must be a multiple of samples_per_prompt=4"),
+        (dict(eta=0.0), "eta=0.0 must be positive"),
+        (dict(evaluation_solvers=("Tsit7",)), "'Tsit7' is not one of"),
+        (dict(held_out_prompts=Path("none.txt")), "none.txt is not a file"),
+        (dict(reward=("aesthetic",)), "needs its files in rewards"),
+        (dict(reward=("jpeg_compressibility",), algorithm="draft"), "is a black box"),
+        (dict(size=44), "must be a multiple of 8 pixels"),
+        (dict(reward=("tests.nothing:here",)), "cannot be imported"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tiny, settings, message):
+    config = dataclasses.replace(tiny, **settings)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check(config)
+        parts = load_parts(config, ONE_DEVICE)
+        latent_shape(config, parts.model)
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n\n b \nc\nd\ne\nf\n")
+    assert read_prompts(Config(prompts=tmp_path / "p.txt")) == (["a", "b", "c", "d", "f"], ["e"])
+    (tmp_path / "h.txt").write_text("x\n")
+    assert read_prompts(Config(prompts=tmp_path / "p.txt", held_out_prompts=tmp_path / "h.txt"))[1] == ["x"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(Config(prompts=tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_are_valid(name):
+    config, rest = chosen_settings(["--settings", name, "--batch", "8"])
+    assert rest == ["--batch", "8"] and config == PUBLISHED[name].config
+    check(config)
+    assert price(config) >= 0 and config.batch % config.rollouts == 0
+    per_path = config.steps if config.times is None else config.times
+    assert config.batch * per_path % (config.minibatches * config.accumulation) == 0
+    assert PUBLISHED[name].link.startswith("https://arxiv.org/abs/")
+
+
+def test_unknown_settings():
+    with pytest.raises(SystemExit, match="Did you mean 'sqdf'"):
+        chosen_settings(["--settings", "sqfd"])
