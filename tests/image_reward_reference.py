@@ -144,7 +144,7 @@ def image_reward(**changes):
                 parameter *= 10 if "patch_embedding" in name else 3
             if "class_embedding" in name:
                 parameter *= 0.1
-    return blip, linear_layers(24, seed=10).eval()
+    return blip, linear_layers(blip.config.text_config.hidden_size, seed=10).eval()
 
 
 def image_reward_names(blip, mlp) -> dict:
