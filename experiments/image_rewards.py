@@ -49,7 +49,11 @@ REWARDS: dict[str, Choice] = {
     "hps": Choice(
         1e-5, "HPSv2, about 0.27", load=lambda folder: image_rewards.load_hps(folder / "hps.pt", folder), differentiable=True
     ),
-    "imagereward": Choice(1e-3, "ImageReward, about 0", load=lambda folder: image_rewards.load_imagereward(folder), differentiable=True),
+    "imagereward": Choice(
+        1e-3, "ImageReward, about 0",
+        load=lambda folder: image_rewards.load_image_reward(folder / "ImageReward.pt", folder, folder / "med_config.json"),
+        differentiable=True,
+    ),
 }  # fmt: skip
 
 SOLVERS: dict[str, Callable[[], dfx.AbstractSolver]] = {

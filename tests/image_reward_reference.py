@@ -117,3 +117,90 @@ def scores(model, pixels: np.ndarray, ids: np.ndarray, scaled: bool) -> np.ndarr
         text = model.get_text_features(tensor(ids.astype(np.int64))).pooler_output
         image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
         return ((image * text).sum(-1) * (model.logit_scale.exp() if scaled else 1)).numpy()
+
+
+BLIP = dict(
+    text_config=dict(
+        vocab_size=41,
+        hidden_size=24,
+        encoder_hidden_size=30,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=37,
+        bos_token_id=1,
+        sep_token_id=3,
+    ),
+    vision_config=VISION | dict(layer_norm_eps=1e-6),
+)
+
+
+def image_reward(**changes):
+    """BLIP, and the linear layers on it."""
+    blip = perturbed(transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**(BLIP | changes))), seed=9)
+    with torch.no_grad():
+        for name, parameter in blip.named_parameters():
+            if parameter.ndim > 1:
+                parameter *= 10 if "patch_embedding" in name else 3
+            if "class_embedding" in name:
+                parameter *= 0.1
+    return blip, linear_layers(blip.config.text_config.hidden_size, seed=10).eval()
+
+
+def image_reward_names(blip, mlp) -> dict:
+    """Their tensors as they are in `ImageReward.pt`."""
+    renamed = (
+        ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+        ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+        ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+        ("vision_model.post_layernorm", "visual_encoder.norm"),
+        ("vision_model.encoder.layers", "visual_encoder.blocks"),
+        ("self_attn.projection", "attn.proj"),
+        ("self_attn.qkv", "attn.qkv"),
+        ("layer_norm", "norm"),
+    )
+    tensors = {}
+    for name, parameter in blip.state_dict().items():
+        for ours, theirs in renamed:
+            name = name.replace(ours, theirs)
+        if "itm_head" not in name:
+            tensors[f"blip.{name}"] = parameter
+    positions = blip.config.text_config.max_position_embeddings
+    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(positions)[None]
+    return tensors | {f"mlp.{name}": parameter for name, parameter in mlp.state_dict().items()}
+
+
+def image_reward_scores(blip, mlp, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """As in ImageReward's own `score`, for preprocessed images."""
+    with torch.no_grad():
+        image = blip.vision_model(tensor(pixels.transpose(0, 3, 1, 2))).last_hidden_state
+        output = blip.text_encoder(
+            input_ids=tensor(ids.astype(np.int64)),
+            attention_mask=tensor((ids != 0).astype(np.int64)),
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long),
+            return_dict=True,
+        )
+        return ((mlp.layers(output.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072).numpy()
+
+
+def bert_tokenizer(folder: Path) -> Path:
+    """A folder with a vocabulary of 39 words for BERT."""
+    folder.mkdir(parents=True)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "cat",
+        "##s",
+        "and",
+        "the",
+        "sat",
+        *"bcdefghijklmnopqrstuvwxyz,.!",
+    ]
+    assert len(words) == 39
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder

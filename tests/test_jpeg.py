@@ -1,6 +1,7 @@
 """Sizes of JPEG files."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -27,3 +28,9 @@ def test_jpeg_is_what_pillow_writes():
     assert np.all(image_rewards.jpeg_bytes(IMAGES, quality=50) < image_rewards.jpeg_bytes(IMAGES))
     with pytest.raises(ValueError, match=r"images of shape \(61, 83, 3\) must be \[b, h, w, 3\], in \[-1, 1\]"):
         image_rewards.jpeg_bytes(IMAGES[0])
+
+
+def test_without_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="needs Pillow: pip install pillow"):
+        image_rewards.jpeg_bytes(IMAGES)

@@ -206,6 +206,7 @@ def test_two_tensors_of_one_name(tmp_path):
         read_torch_file(file)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*missing.pt"):
         read_torch_file(tmp_path / "missing.pt")

@@ -7,6 +7,7 @@
 Images are `[b, h, w, 3]` in [-1, 1]. Nothing here imports torch.
 """
 
+from .blip import BERTConfig as BERTConfig, BLIPConfig as BLIPConfig, ImageRewardNetwork as ImageRewardNetwork
 from .chunks import in_chunks as in_chunks
 from .clip import CLIP as CLIP, CLIPImages as CLIPImages
 from .config import (
@@ -22,14 +23,17 @@ from .jpeg import (
     jpeg_compressibility as jpeg_compressibility,
     jpeg_incompressibility as jpeg_incompressibility,
 )
+from .linear import LinearLayers as LinearLayers
 from .load import (
     HPS_PREPROCESS as HPS_PREPROCESS,
     Loading as Loading,
     load_aesthetic as load_aesthetic,
+    load_bert_tokenizer as load_bert_tokenizer,
     load_clip as load_clip,
     load_clip_images as load_clip_images,
     load_clip_similarity as load_clip_similarity,
     load_hps as load_hps,
+    load_image_reward as load_image_reward,
     load_linear_layers as load_linear_layers,
     load_pickscore as load_pickscore,
 )
@@ -44,7 +48,7 @@ from .pixels import (
 from .scores import (
     AbstractImageReward as AbstractImageReward,
     Aesthetic as Aesthetic,
-    LinearLayers as LinearLayers,
+    ImageReward as ImageReward,
     TextAlignment as TextAlignment,
     for_prompts as for_prompts,
 )

@@ -10,8 +10,10 @@ def jpeg_bytes(images: np.ndarray, quality: int = 95) -> np.ndarray:
 
     By Pillow; another version, or another library under it, can differ by a few bytes.
     """
-    from PIL import Image  # not needed for anything else in the library
-
+    try:
+        from PIL import Image  # not needed for anything else in the library
+    except ImportError as error:
+        raise ImportError("the size of a JPEG file needs Pillow: pip install pillow.") from error
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images of shape {images.shape} must be [b, h, w, 3], in [-1, 1].")

@@ -1,5 +1,6 @@
 """Reward models from the files in which they are published; nothing is fetched."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..stable_diffusion.blocks import AttentionFn, Layers
+from ..stable_diffusion.config import read_config
 from ..stable_diffusion.folder import load_tokenizer
 from ..stable_diffusion.weights import Placement, filled, read_headers
 from . import names
+from .blip import IMAGE_REWARD, BERTConfig, BLIPConfig, ImageRewardNetwork
 from .clip import CLIP, CLIPImages
 from .config import VIT_H_14, CLIPConfig, read_clip_config
+from .linear import LinearLayers
 from .pixels import Preprocess, antialiased, half_down
-from .scores import Aesthetic, LinearLayers, TextAlignment
+from .scores import Aesthetic, ImageReward, TextAlignment
 from .torch_files import read_torch_file
 
 StrPath = str | os.PathLike[str]
@@ -137,3 +141,37 @@ HPS_PREPROCESS = Preprocess(resize=antialiased)
 
 With an older torchvision it did not: `Preprocess(resize=interpolated)`.
 """
+
+
+def load_image_reward(
+    file: StrPath,
+    tokenizer: StrPath,
+    med_config: StrPath | None = None,
+    loading: Loading = FLOAT32,
+    *,
+    config: BLIPConfig = IMAGE_REWARD,
+) -> ImageReward:
+    """ImageReward v1.0 (Xu et al. 2023) from `ImageReward.pt`.
+
+    Args:
+        tokenizer: a folder with the `vocab.txt` of bert-base-uncased.
+        med_config: `med_config.json`, which comes with the file; default: what it says for version 1.0.
+        config: another architecture, in which `med_config` replaces the text part.
+    """
+    if med_config is not None:
+        config = dataclasses.replace(config, text=read_config(BERTConfig, Path(med_config)))
+    known = names.image_reward(config.text.max_position_embeddings)
+    found = names.by_todays_names(names.image_reward_tensors(read_torch_file(Path(file))), known)
+    make, what = loading.make(ImageRewardNetwork, config), "ImageReward" if med_config is None else str(med_config)
+    network = filled(make, found, str(file), known, what, cast=loading.cast, sharding=loading.sharding)
+    return ImageReward(network, load_bert_tokenizer(tokenizer))
+
+
+def load_bert_tokenizer(folder: StrPath) -> Any:
+    """BERT's tokenizer with BLIP's two tokens more, [DEC] and [ENC]; nothing is fetched."""
+    from transformers import BertTokenizer  # takes seconds to import
+
+    tokenizer = BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer

@@ -13,14 +13,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from ..rewards import Reward
-from ..stable_diffusion.blocks import Layers
 from ..stable_diffusion.folder import tokenize
+from .blip import ImageRewardNetwork
 from .chunks import in_chunks
 from .clip import CLIP, CLIPImages, unit
+from .linear import LinearLayers
 from .pixels import Images, Preprocess, check_images
 
 
@@ -51,26 +51,11 @@ class TextAlignment(AbstractImageReward):
 
     def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
         check_images(images)
-        if ids is None:
-            raise ValueError("ids=None: this reward reads the prompts: pass reward.tokenize(prompts).")
-        cosine = self.network.cosine(self.preprocess(images), ids)
+        cosine = self.network.cosine(self.preprocess(images), _needed(ids))
         return cosine * jnp.exp(self.network.logit_scale[...].astype(cosine.dtype)) if self.scaled else cosine
 
     def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> Int32[np.ndarray, "b n"]:
         return tokenize(self.tokenizer, prompts, self.network.config.text.max_position_embeddings, truncate=truncate)
-
-
-class LinearLayers(nnx.Module):
-    """Five linear maps one after the other, to 1024, 128, 64, 16 and 1 numbers, with nothing in between."""
-
-    def __init__(self, inputs: int, layers: Layers):
-        widths = (inputs, 1024, 128, 64, 16, 1)
-        self.layers = nnx.List([layers.linear(n, m) for n, m in zip(widths, widths[1:])])
-
-    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, " b"]:
-        for layer in self.layers:
-            x = layer(x)
-        return x[:, 0]
 
 
 class Aesthetic(AbstractImageReward):
@@ -89,6 +74,30 @@ class Aesthetic(AbstractImageReward):
 
     def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> None:
         return None
+
+
+class ImageReward(AbstractImageReward):
+    """`(network - mean) / std` with ImageReward's mean and standard deviation on its own data (Xu et al. 2023)."""
+
+    network: ImageRewardNetwork
+    tokenizer: Any = eqx.field(static=True)
+    preprocess: Preprocess = eqx.field(static=True, default=Preprocess())
+    mean: float = eqx.field(static=True, default=0.16717362830052426)
+    std: float = eqx.field(static=True, default=1.0333394966054072)
+
+    def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
+        check_images(images)
+        return (self.network(self.preprocess(images), _needed(ids)) - self.mean) / self.std
+
+    def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> Int32[np.ndarray, "b n"]:
+        """35 tokens, as in training."""
+        return tokenize(self.tokenizer, prompts, 35, truncate=truncate)
+
+
+def _needed(ids: Int[Array, "b n"] | None) -> Int[Array, "b n"]:
+    if ids is None:
+        raise ValueError("ids=None: this reward reads the prompts: pass reward.tokenize(prompts).")
+    return ids
 
 
 def for_prompts(reward: AbstractImageReward, ids: Int[Any, "b n"] | None, name: str, *, chunk: int | None = None) -> Reward:

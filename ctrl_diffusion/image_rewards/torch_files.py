@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from ..stable_diffusion.weights import Stored
@@ -25,7 +25,7 @@ TYPES = {
     "double": ("F64", np.dtype(np.float64)),
     "float": ("F32", np.dtype(np.float32)),
     "half": ("F16", np.dtype(np.float16)),
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "bfloat16": ("BF16", np.dtype(jnp.bfloat16)),
     "long": ("I64", np.dtype(np.int64)),
     "int": ("I32", np.dtype(np.int32)),
     "short": ("I16", np.dtype(np.int16)),
