@@ -219,7 +219,7 @@ def compose(
         path = objective.exploration.trajectory(sampler, params, divided(keys, 0))
         return path._replace(x=divided(path.x, 1), noise=divided(path.noise, 1)), divided(path.x[-1], 0)
 
-    @jax.jit(donate_argnums=0)
+    @jax.jit
     def join(paths: list[Trajectory], ends, rewards):
         """The paths of an iteration, their ends and rewards, from those of its parts."""
         x, noise = (jnp.concatenate([getattr(path, name) for path in paths], axis=1) for name in ("x", "noise"))
@@ -338,6 +338,7 @@ def compose(
         (path, ends), (r, parts_of_r) = sampled[0], rewards[0]
         if len(sampled) > 1:
             path, ends, (r, parts_of_r) = layout.paced(join(*map(list, zip(*sampled)), rewards))
+        del sampled  # the parts are free
         a_old, a_ref, x_hat, guesses = layout.paced(annotate(behaviour, state.reference, path))
         r_hat = jnp.zeros((n, batch), r.dtype)
         if guesses is not None:
