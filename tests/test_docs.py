@@ -287,6 +287,16 @@ def test_messages_are_those_of_the_code():
     assert [message for message in messages if not any(message in template for template in known)] == []
 
 
+@each_page
+def test_logs_are_those_of_the_code(page):
+    """Every line of a log is a message of the code with something filled in, or a bar that it draws."""
+    known = [template.strip() for template in templates() if len(template.replace("…", "").strip()) >= 8]
+    patterns = [re.compile(".*".join(map(re.escape, template.split("…")))) for template in known if "\n" not in template]
+    for line in "".join(blocks(page, "log")).splitlines():
+        bar = re.match(r"(pre-training|fine-tuning): .*(step|iteration)", line)
+        assert bar or any(pattern.fullmatch(line) for pattern in patterns), line
+
+
 # --- versions
 
 
