@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from flax import nnx
 
 from ctrl_diffusion.stable_diffusion import UNet, load_network

@@ -35,8 +35,9 @@ class RunDirectory:
             write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
         _wait("settings are written")
         self._tensorboard: SummaryWriter | None = None
-        logs = wandb is not None and is_first() and self.metrics is None
-        self._wandb = WeightsAndBiases(wandb, path, config) if logs else None
+        self._wandb: WeightsAndBiases | None = None
+        if wandb is not None and is_first() and self.metrics is None:
+            self._wandb = WeightsAndBiases(wandb, path, config)
 
     def _check_config(self, config: dict[str, Any]) -> None:
         file = self.path / "config.json"
