@@ -1,137 +1,311 @@
-"""What a rollout costs beyond the network: this library against a hand-written `lax.scan`, interleaved in one run.
+"""Speed of this library against a hand-written `lax.scan` and against PyTorch with diffusers, on the same U-Net, interleaved in one run.
 
     python -m experiments.benchmark --out runs/benchmark
 
-Both use the same network, weights, grid and noise, and must give the same samples. The figure to read is the median of the
-pairwise ratios: on a shared machine single times mean little.
+A rollout samples a batch of paths and records them; an update is one policy step of clipped likelihood ratios on a minibatch of
+their rows. All sides have the same weights, grid and noise, and are held to the same samples, loss and gradient before anything is timed
+(`experiments.benchmark_check`). PyTorch needs the extra `bench`; what cannot be measured here is left out, and `metrics.json` says why.
+
+The figures to read are the medians over rounds of the ratios of times within a round: on a shared machine single times mean little.
 """
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-import ctrl_diffusion as cd
-from ctrl_diffusion.solvers import standard_normal
+from ctrl_diffusion.stable_diffusion import save_network
 
-from .commandline import execute
+from .benchmark_check import QUICK, check, exact
+from .benchmark_figure import write_figure
+from .benchmark_gradient import memory, update_of_whole_chain
+from .benchmark_unet import (
+    Coefficients,
+    Task,
+    coefficients,
+    hand_update,
+    make_task,
+    our_loss,
+    our_update,
+    predict,
+    sampled,
+    surrogate,
+)
+from .commandline import execute, require_at_least
 from .files import write_atomic
+
+OURS, SCAN, EAGER, COMPILED = "this library", "lax.scan by hand", "PyTorch", "PyTorch, compiled"
+TARGETS = {
+    "rollout_ratio_to_scan": 1.05, "update_ratio_to_scan": 1.05, "rollout_speedup_over_torch": 1.5, "update_speedup_over_torch": 1.5,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the benchmark; the defaults are those of `experiments.digits`."""
+    """Sizes of the benchmark."""
 
     out: Path | None = None
-    """Folder for `metrics.json` (default: print only)."""
-    batch: int = 512
-    """Paths per rollout."""
+    """Folder for `metrics.json` and `benchmark.png` (default: print only)."""
+    batch: int = 64
+    """Paths per rollout (that of `experiments.digits` is 512, which takes seconds on a CPU)."""
     steps: int = 24
-    """Control intervals."""
-    width: int = 256
-    """Features of the network."""
-    depth: int = 3
-    """Residual blocks of the network."""
-    repeats: int = 30
-    """Timed pairs, after two warm-up pairs."""
+    """Control intervals, those of `experiments.digits`."""
+    minibatches: int = 8
+    """Updates per pass, as in `experiments.digits`: one has batch * steps / minibatches rows."""
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of the U-Net, finest resolution first; multiples of 8."""
+    repeats: int = 15
+    """Timed rounds, after two to warm up; a round calls every side once."""
+    pause: float = 0.02
+    """Seconds between two calls, for threads that spin after their work to fall asleep."""
+    torch: bool = True
+    """Measure PyTorch."""
+    compiled: bool = True
+    """Measure compiled PyTorch, too (it takes minutes to compile on a CPU)."""
+    tf32: bool = False
+    """Let all sides round float32 products to TF32 on GPUs; samples are then compared at lower precision, before."""
+    gradient: bool = True
+    """Also measure the gradient through the whole chain in small memory against the fast one."""
+    gradient_steps: int = 100
+    """Steps of that chain, of the network of `experiments.digits`."""
+    gradient_batch: int = 64
+    """Its batch."""
 
 
-def hand_written(graphdef, process: cd.DiffusionProcess, ts: jax.Array, shape: tuple[int, ...]) -> Callable:
-    """Ancestral sampling of a v-prediction network as anybody would write it: precomputed coefficients and one scan."""
-    schedule, tau = process.schedule, process.schedule.horizon - ts
-    alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
-    a0, s0, a1, s1 = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
-    keep = (s1 / s0) ** 2 * a0 / a1
-    rows = (jnp.arange(len(ts) - 1), ts[:-1], a0, s0, keep, a1 - keep * a0, s1 * jnp.sqrt(1 - (s1 * a0 / (s0 * a1)) ** 2))
-
-    def rollout(params, keys):
-        keys = jax.vmap(jax.random.split)(keys)
-        x = sigma[0] * standard_normal(keys[:, 0], 0, shape, ts.dtype)
-
-        def step(x, row):
-            i, t, a, s, keep, gain, std = row
-            v = nnx.merge(graphdef, params)(x, jnp.broadcast_to(t, (len(x),)), None)
-            x0 = a * x - s * v
-            noise = standard_normal(keys[:, 1], 2 * i, shape, ts.dtype)
-            x = keep * x + gain * x0 + std * noise
-            return x, (x, noise)
-
-        _, (xs, noise) = jax.lax.scan(step, x, rows)
-        return jnp.concatenate([x[None], xs]), noise
-
-    return jax.jit(rollout)
-
-
-def interleaved(first: Callable, second: Callable, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call, in turn, after two warm-up pairs; results are waited for."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in tqdm(range(repeats + 2), desc="timing", unit="pair"):
-        for fn, found in zip((first, second), times):
+def interleaved(
+    calls: Sequence[Callable[[], Any]], repeats: int, pause: float = 0.0, name: str = "timing"
+) -> list[list[float]]:
+    """Seconds of each call, in turn, after two rounds to warm up; JAX's results are waited for."""
+    times: list[list[float]] = [[] for _ in calls]
+    for i in tqdm(range(repeats + 2), desc=name, unit="round"):
+        for call, found in zip(calls, times):
+            time.sleep(pause)
             begin = time.perf_counter()
-            jax.block_until_ready(fn())
+            jax.block_until_ready(call())
             if i >= 2:
                 found.append(time.perf_counter() - begin)
     return times
 
 
-def run(config: Config) -> dict[str, float]:
-    """Time both and compare their samples; returns the metrics."""
-    if config.repeats < 1 or config.batch < 1:
-        raise ValueError(f"repeats={config.repeats} and batch={config.batch} must be at least 1.")
-    shape = (8, 8, 1)
-    process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), 1.0)
-    network = cd.ResidualMLP(shape, shape, width=config.width, depth=config.depth, rngs=nnx.Rngs(0))
-    model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
-    # weights that do something: a fresh network predicts zero
-    leaves, tree = jax.tree.flatten(model.params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([leaf + 0.05 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
-    sampler, exploration = model.sampler, cd.Brownian()
-    keys = cd.sample_keys(jax.random.key(0), config.batch)
-    ours = jax.jit(lambda params, keys: exploration.trajectory(sampler, params, keys))
-    scan = hand_written(nnx.graphdef(network), process, sampler.ts, shape)
-    path, (x, noise) = ours(params, keys), scan(params, keys)
-    difference = float(jnp.max(jnp.abs(path.x[-1] - x[-1])))
-    ours_seconds, scan_seconds = interleaved(lambda: ours(params, keys), lambda: scan(params, keys), config.repeats)
-    ratios = np.asarray(ours_seconds) / np.asarray(scan_seconds)
-    metrics = {
-        "rollout_ratio_to_scan": statistics.median(ratios.tolist()),
-        "rollout_ratio_low": float(np.quantile(ratios, 0.25)),
-        "rollout_ratio_high": float(np.quantile(ratios, 0.75)),
-        "rollout_seconds": statistics.median(ours_seconds),
-        "scan_seconds": statistics.median(scan_seconds),
-        "max_difference_of_samples": difference,
-        "max_difference_of_noise": float(jnp.max(jnp.abs(path.noise - noise))),
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Median, lower and upper quartile."""
+    return [statistics.median(values), float(np.quantile(values, 0.25)), float(np.quantile(values, 0.75))]
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Quartiles of the ratios within rounds."""
+    return quartiles((np.asarray(first) / np.asarray(second)).tolist())
+
+
+class Side:
+    """A contender: what it is called, its calls, and the reason where there are none."""
+
+    def __init__(self, name: str, reason: str = ""):
+        self.name, self.reason = name, reason
+        self.errors: dict[str, float] = {}
+        self.compile_seconds = 0.0
+        self.sample: Callable[[], Any] | None = None
+        self.update: Callable[[int], Any] | None = None
+        self.seconds: dict[str, list[float]] = {}
+
+
+def jax_sides(task: Task, c: Coefficients, reference) -> list[Side]:
+    """The library and the scan, checked."""
+    ours, scan = Side(OURS), Side(SCAN)
+    rows = task.minibatch(0)
+    run = sampled(predict(task.graphdef), c, task.recorded.path.x.shape[1])
+    loss = jax.jit(jax.value_and_grad(lambda p: surrogate(predict(task.graphdef), c, p, rows)), compiler_options=QUICK)
+    ours.errors = check(ours.name, reference, reference.score_tolerance, task.recorded.path.x[-1], *our_loss(task, rows, QUICK))
+    scan.errors = check(scan.name, reference, reference.tolerance, run(task.behaviour, task.key)[0][-1], *loss(task.params))
+    ours.sample = lambda: task.algorithm.programs.collect(task.key, task.behaviour, 0)
+    scan.sample = lambda: run(task.behaviour, task.key)
+    ours.update, scan.update = our_update(task), hand_update(task, c)
+    return [ours, scan]
+
+
+def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: Path) -> tuple[list[Side], dict[str, Any]]:
+    """PyTorch, eager and compiled, checked; or why not. And its version and threads."""
+    sides, about = [Side(EAGER), Side(COMPILED)], {"torch": None, "torch_threads": None}
+    try:
+        if not config.torch:
+            raise ValueError("not asked for (--no-torch)")
+        from . import benchmark_torch as other
+
+        device = other.choose_device(jax.default_backend())
+    except (ImportError, ValueError) as error:
+        missing = isinstance(error, ImportError)
+        for side in sides:
+            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[bench]'" if missing else str(error)
+        return sides, about
+    other.set_precision(False)
+    for name, params in (("behaviour", task.behaviour), ("learner", task.params)):
+        save_network(nnx.merge(task.graphdef, params).unet, folder / name)
+    data = other.as_tensors(task.recorded, c, device)
+    for side in sides:
+        compiled = side.name == COMPILED
+        if compiled and not config.compiled:
+            side.reason = "not asked for (--no-compiled)"
+            continue
+        begin = time.perf_counter()
+        try:
+            rival = other.Rival(folder / "behaviour", folder / "learner", data, compiled)
+            (folder / side.name).mkdir()
+            ends, loss, gradient = rival.ends(), *rival.loss_and_gradient(folder / side.name)
+        except Exception as error:  # compilers fail in many ways; the row says how
+            if not compiled:
+                raise
+            side.reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        side.compile_seconds = time.perf_counter() - begin
+        side.errors = check(side.name, reference, reference.tolerance, ends, loss, gradient)
+        side.sample, side.update = rival.sample, rival.update
+    return sides, about | other.versions()
+
+
+def measure(sides: list[Side], config: Config) -> None:
+    """Times of all sides that have something to call."""
+    present = [side for side in sides if side.sample is not None]
+    for kind in ("rollout", "update"):
+        rounds = [_call(side, kind, config.minibatches) for side in present]
+        for side, seconds in zip(present, interleaved(rounds, config.repeats, config.pause, kind)):
+            side.seconds[kind] = seconds
+
+
+def _call(side: Side, kind: str, minibatches: int) -> Callable[[], Any]:
+    if kind == "rollout":
+        return side.sample  # pyright: ignore[reportReturnType]
+    update, count = side.update, [0]
+
+    def call():
+        count[0] += 1
+        return update(count[0] % minibatches)  # pyright: ignore[reportOptionalCall]
+
+    return call
+
+
+def rows_of(sides: list[Side], per_call: dict[str, int]) -> list[dict[str, Any]]:
+    """A row per side: seconds and samples per second (median, lower and upper quartile), errors, and a reason where there are none."""
+    rows = []
+    for side in sides:
+        row: dict[str, Any] = {"name": side.name, "reason": side.reason, "compile_seconds": side.compile_seconds, **side.errors}
+        for kind, samples in per_call.items():
+            seconds = side.seconds.get(kind)
+            row[f"{kind}_seconds"] = None if seconds is None else quartiles(seconds)
+            row[f"{kind}_samples_per_second"] = None if seconds is None else quartiles([samples / s for s in seconds])
+        rows.append(row)
+    return rows
+
+
+def compared(sides: list[Side]) -> dict[str, Any]:
+    """Ratios within rounds: to the scan, and over the faster of the two ways to run PyTorch."""
+    ours, scan, *rivals = sides
+    found: dict[str, Any] = {}
+    for kind in ("rollout", "update"):
+        found[f"{kind}_ratio_to_scan"], *spread = ratio(ours.seconds[kind], scan.seconds[kind])
+        found[f"{kind}_ratio_to_scan_quartiles"] = spread
+        present = [rival for rival in rivals if kind in rival.seconds]
+        best = min(present, key=lambda rival: statistics.median(rival.seconds[kind]), default=None)
+        speedup = [None, None, None] if best is None else ratio(best.seconds[kind], ours.seconds[kind])
+        found[f"{kind}_speedup_over_torch"], *spread = speedup
+        found[f"{kind}_speedup_over_torch_quartiles"] = spread
+        found[f"{kind}_faster_torch"] = None if best is None else best.name
+    return found
+
+
+def gradient_metrics(config: Config) -> dict[str, Any]:
+    """Time of the gradient through the whole chain in small memory over the fast one, and the memory of both."""
+    calls = [update_of_whole_chain(config.gradient_steps, config.gradient_batch, 256, 3, small) for small in (True, False)]
+    small, fast = interleaved(calls, config.repeats, config.pause, "gradient")
+    found, *spread = ratio(small, fast)
+    return {
+        "gradient_small_over_fast_seconds": found,
+        "gradient_small_over_fast_seconds_quartiles": spread,
+        "gradient_memory_bytes": memory(config.gradient_batch, 256, 3),
+    }
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Check, time and compare; returns the metrics."""
+    require_at_least(1, batch=config.batch, steps=config.steps, minibatches=config.minibatches, repeats=config.repeats)
+    if config.batch * config.steps % config.minibatches:
+        raise ValueError(f"minibatches={config.minibatches} must divide batch * steps = {config.batch * config.steps}.")
+    if not config.channels or any(channels % 8 for channels in config.channels):
+        raise ValueError(f"channels={config.channels} must be multiples of 8, one per resolution.")
+    with jax.default_matmul_precision("float32"):
+        task = make_task(config.batch, config.steps, config.minibatches, config.channels)
+        c = coefficients(task.process, task.objective.sampler.ts)
+        print("checking that all sides give the same samples, loss and gradient")
+        reference = exact(task, min(8, config.batch))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.default_matmul_precision("float32"):
+            sides = jax_sides(task, c, reference)
+            rivals, about = torch_sides(config, task, c, reference, Path(folder))
+        sides += rivals
+        precision = "tensorfloat32" if config.tf32 else "float32"
+        if config.tf32 and about["torch"] is not None:
+            from .benchmark_torch import set_precision
+
+            set_precision(True)
+        with jax.default_matmul_precision(precision):
+            measure(sides, config)
+            gradient = gradient_metrics(config) if config.gradient else {}
+    rows_per_update = config.batch * config.steps // config.minibatches
+    metrics = compared(sides) | gradient
+    metrics |= {
+        "sides": rows_of(sides, {"rollout": config.batch, "update": rows_per_update}),
+        "device": jax.devices()[0].device_kind,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "jax": jax.__version__,
+        **about,
+        "precision": precision,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.params)),
         "batch": config.batch,
         "steps": config.steps,
+        "rows_per_update": rows_per_update,
+        "repeats": config.repeats,
     }
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
+        write_figure(config.out / "benchmark.png", metrics)
         write_atomic(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def sentence(metrics: dict[str, float]) -> str:
-    """The result in words."""
-    return (
-        f"rollout / scan: {metrics['rollout_ratio_to_scan']:.3f} (quartiles {metrics['rollout_ratio_low']:.3f} to "
-        f"{metrics['rollout_ratio_high']:.3f}); {1e3 * metrics['rollout_seconds']:.1f} ms against "
-        f"{1e3 * metrics['scan_seconds']:.1f} ms; samples differ by at most {metrics['max_difference_of_samples']:.1e}"
-    )
+def summary(metrics: dict[str, Any]) -> str:
+    """The result in words: a line per side, a line per target."""
+    lines = []
+    for row in metrics["sides"]:
+        if row["reason"]:
+            lines.append(f"{row['name']:18} {row['reason']}")
+            continue
+        images, samples = (row[f"{kind}_samples_per_second"][0] for kind in ("rollout", "update"))
+        lines.append(f"{row['name']:18} {images:10.1f} images/s {samples:12.1f} update samples/s")
+    for name, target in TARGETS.items():
+        if metrics[name] is not None:
+            low, high = metrics[f"{name}_quartiles"]
+            bound = "at most" if "ratio" in name else "at least"
+            lines.append(f"{name} {metrics[name]:.3f} (quartiles {low:.3f} to {high:.3f}; target {bound} {target})")
+    if "gradient_small_over_fast_seconds" in metrics:
+        lines.append(
+            f"gradient in small memory / fast: {metrics['gradient_small_over_fast_seconds']:.3f} of the time (target at most 2)"
+        )
+    return "\n".join(lines)
 
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return execute(lambda config: print(sentence(run(config))), Config, __doc__, "experiments.benchmark", args)
+    return execute(lambda config: print(summary(run(config))), Config, __doc__, "experiments.benchmark", args)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ class Config:
     """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
     use_previous_checkpoint: bool = False
     """If the newest checkpoint cannot be read, delete it and resume from the one before."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well (needs the package wandb)."""
     devices: Devices = Devices()
     """Devices that share the run."""
 
@@ -158,7 +160,8 @@ def run(
         config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight, layout
     )  # refuses what does not fit
 
-    directory = RunDirectory(config.out, _settings(config, kl_weight, reward, data, network), config.use_previous_checkpoint)
+    settings = _settings(config, kl_weight, reward, data, network)
+    directory = RunDirectory(config.out, settings, config.use_previous_checkpoint, config.wandb)
     if directory.metrics is not None:
         if not (config.out / "report.html").exists():
             write_report(config.out)
@@ -287,7 +290,7 @@ def _algorithm(
     return algorithm, value_params if choice.learns_value else ()
 
 
-_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint")
+_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "wandb")
 _STREAMS = ("classifier", "pretrain", "reference", "finetune", "evaluation")
 
 

@@ -13,16 +13,20 @@ from tensorboardX import SummaryWriter
 
 from .devices import is_first
 from .files import write_atomic
+from .weights_and_biases import WeightsAndBiases, require_wandb
 
 
 class RunDirectory:
     """`config.json`, `history.jsonl`, `tensorboard/`, `checkpoints/`, `metrics.json` under one path.
 
     A directory that holds another run's settings is refused, before anything is written. Of several processes the first writes
-    (and all of them checkpoints, each its part); they must see the same folder.
+    (and all of them checkpoints, each its part); they must see the same folder. With `wandb`, the name of a project, a run that is not
+    finished is logged to Weights & Biases, too.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], use_previous_checkpoint: bool = False):
+    def __init__(self, path: Path, config: dict[str, Any], use_previous_checkpoint: bool = False, wandb: str | None = None):
+        if wandb is not None:
+            require_wandb(wandb)
         self.path, self._use_previous = path, use_previous_checkpoint
         self._check_config(config)
         _wait("settings are checked")
@@ -31,6 +35,9 @@ class RunDirectory:
             write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
         _wait("settings are written")
         self._tensorboard: SummaryWriter | None = None
+        self._wandb: WeightsAndBiases | None = None
+        if wandb is not None and is_first() and self.metrics is None:
+            self._wandb = WeightsAndBiases(wandb, path, config)
 
     def _check_config(self, config: dict[str, Any]) -> None:
         file = self.path / "config.json"
@@ -64,6 +71,8 @@ class RunDirectory:
         if not is_first():
             return
         write_atomic(self.path / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        if self._wandb is not None:
+            self._wandb.finish(metrics)
 
     # -- logs -----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +88,7 @@ class RunDirectory:
         write_atomic(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, phase: str, step: int, row: dict[str, Any]) -> None:
-        """Append a row to `history.jsonl` and its numbers to TensorBoard. Non-finite numbers are written as null."""
+        """Append a row to `history.jsonl` and its numbers to TensorBoard (and Weights & Biases). Non-finite numbers are written as null."""
         if not is_first():
             return
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
@@ -90,6 +99,8 @@ class RunDirectory:
         for name, v in row.items():
             if isinstance(v, int | float):
                 self._tensorboard.add_scalar(f"{phase}/{name}", v, step)
+        if self._wandb is not None:
+            self._wandb.log(phase, step, row)
 
     def close(self) -> None:
         if self._tensorboard is not None:

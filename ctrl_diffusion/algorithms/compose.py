@@ -137,7 +137,7 @@ def compose(
         path = objective.exploration.trajectory(bound(fixed).sampler, params, divided(keys, 0), cond)
         return path._replace(x=divided(path.x, 1), noise=divided(path.noise, 1)), divided(path.x[-1], 0), cond
 
-    @jax.jit(donate_argnums=0)
+    @jax.jit
     def join(paths: list[Trajectory], ends, rewards):
         """The paths of an iteration, their ends and rewards, from those of its parts."""
         x, noise = (jnp.concatenate([getattr(path, name) for path in paths], axis=1) for name in ("x", "noise"))
@@ -268,6 +268,8 @@ def compose(
         if len(sampled) > 1:
             paths, ends, _ = zip(*sampled)
             path, ends, (r, parts_of_r) = layout.paced(join(list(paths), list(ends), rewards))
+            del paths
+        del sampled  # the parts are free
         a_old, a_ref, x_hat, guesses = layout.paced(annotate(fixed, behaviour, state.reference, path, cond))
         r_hat = jnp.zeros((n, batch), r.dtype)
         if guesses is not None:

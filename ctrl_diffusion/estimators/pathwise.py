@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..critics import Critic
 from ..objective import Objective, Rollout, Rows, present_state
@@ -71,7 +71,7 @@ class Pathwise(AbstractEstimator):
         steps: how many steps; 0 differentiates the value at the recorded state through the *policy's* lookahead (ReFL).
         starts: intervals that windows start in, given the number of intervals (`every_start`, `last(K)`, `late(fraction)`).
         credit: weights `w` `[n]` of the value, by the interval that a window starts in (`undiscounted`, `discount_per_step`, ...).
-        small_memory: recompute: the gradient's memory grows with the root of the number of steps, at one more forward pass.
+        small_memory: recompute: the gradient's memory grows with the root of the number of steps, at two more forward passes.
     """
 
     steps: int = eqx.field(static=True, default=1)
@@ -120,9 +120,9 @@ class Pathwise(AbstractEstimator):
 
         x, gained = self._step(objective, params, rows.j, rows.x, rows.cond, rows.noise, rows.a_ref)
 
-        def body(carry, step):
+        def body(carry, i):
             x, gained = carry
-            i, noise = step
+            noise = jax.lax.dynamic_index_in_dim(rows.signal, i - 1, axis=1, keepdims=False)  # read in place: no copy of all
             j = rows.j + i
             inside = j < n
             j = jnp.minimum(j, n - 1)
@@ -134,8 +134,7 @@ class Pathwise(AbstractEstimator):
                 gained + jnp.where(inside, gain - credit * cost, 0),
             ), None
 
-        later = (1 + jnp.arange(self.steps - 1), jnp.moveaxis(rows.signal, 1, 0))
-        x, gained = _scan(body, (x, gained), later, self.small_memory)
+        x, gained = _scan(body, (x, gained), 1 + jnp.arange(self.steps - 1), self.small_memory)
         value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x, rows.cond)
         metrics: Metrics = {"mean_value": jnp.mean(value)}
         # a step is charged by all windows that it lies in: divided by how many that are, away from the ends
@@ -155,15 +154,15 @@ class Pathwise(AbstractEstimator):
         return int(np.max(np.sum((np.arange(n) >= starts[:, None]) & (np.arange(n) < starts[:, None] + self.steps), axis=0)))
 
 
-def _scan(body, carry, xs, small_memory: bool):
-    """`lax.scan`, its result alone; with `small_memory` in root-many checkpointed blocks of checkpointed steps."""
-    steps = jax.tree.leaves(xs)[0].shape[0]
-    if not small_memory or steps < 4:
-        return jax.lax.scan(body, carry, xs)[0]
-    size = math.isqrt(steps)
-    blocks = steps // size
+def _scan(body, carry, indices: Int[Array, " k"], small_memory: bool):
+    """`lax.scan` over indices, its result alone; with `small_memory` in root-many checkpointed blocks of checkpointed steps."""
+    if not len(indices):
+        return carry
+    if not small_memory or len(indices) < 4:
+        return jax.lax.scan(body, carry, indices)[0]
+    size = math.isqrt(len(indices))
+    blocks = len(indices) // size
     body = jax.checkpoint(body)
-    head = jax.tree.map(lambda v: v[: blocks * size].reshape((blocks, size) + v.shape[1:]), xs)
-    block = jax.checkpoint(lambda carry, xs: (jax.lax.scan(body, carry, xs)[0], None))
-    carry = jax.lax.scan(block, carry, head)[0]
-    return jax.lax.scan(body, carry, jax.tree.map(lambda v: v[blocks * size :], xs))[0]
+    block = jax.checkpoint(lambda carry, indices: (jax.lax.scan(body, carry, indices)[0], None))
+    carry = jax.lax.scan(block, carry, indices[: blocks * size].reshape(blocks, size))[0]
+    return jax.lax.scan(body, carry, indices[blocks * size :])[0]
