@@ -99,6 +99,8 @@ class Layout(NamedTuple):
 
 def _placed(v: Any, sharding: NamedSharding) -> jax.Array:
     """`v` on devices of all processes; each has the whole of it."""
+    if isinstance(v, jax.core.Tracer):  # shapes only: the devices need not be here
+        return jax.lax.with_sharding_constraint(v, sharding)
     if sharding.is_fully_addressable or not getattr(v, "is_fully_addressable", True):
         return jax.device_put(v, sharding)
     if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
