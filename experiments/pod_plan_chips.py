@@ -36,8 +36,9 @@ class Chip(NamedTuple):
         usable: memory that the compiler leaves to programs, bytes: what it says when it refuses one.
         flops: peak of the matrix units in bfloat16, 1/s.
         hbm_bandwidth: bytes/s.
-        ici_bandwidth: bytes/s that a chip can send over all links between chips together.
+        link_bandwidth: bytes/s that one link carries to a neighbouring chip; as much comes back at the same time.
         axes: of a slice: two (4 links per chip) or three (6 links).
+        ring: sides that are multiples of it are closed to rings; all others have ends.
         options: of the description of a slice.
     """
 
@@ -46,14 +47,10 @@ class Chip(NamedTuple):
     usable: int
     flops: float
     hbm_bandwidth: float
-    ici_bandwidth: float
+    link_bandwidth: float
     axes: int
+    ring: int
     options: dict[str, str] = {}
-
-    @property
-    def links(self) -> int:
-        """To neighbouring chips."""
-        return 2 * self.axes
 
 
 def _gib(number: float) -> int:
@@ -63,12 +60,17 @@ def _gib(number: float) -> int:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4", _gib(32), _gib(30.75), 275e12, 1228e9, 2400e9 / 8, 3, {"chip_config_name": "megacore"}
-        ),  # one device per chip
-        Chip("v5e", _gib(16), _gib(15.75), 197e12, 819e9, 1600e9 / 8, 2),
-        Chip("v5p", _gib(95), _gib(95.74), 459e12, 2765e9, 4800e9 / 8, 3),
-        Chip("v6e", _gib(32), _gib(31.25), 918e12, 1640e9, 3584e9 / 8, 2),
+        # docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB at 1200 GB/s, all-reduce 1.1 PB/s per pod of 4096 chips (which is
+        # what their links carry one way: 45 GB/s for each of six; Jouppi et al. 2023, arXiv:2304.01433, have 50), a torus where all
+        # sides are multiples of 4. One device per chip.
+        Chip("v4", _gib(32), _gib(30.75), 275e12, 1200e9, 1.1e15 / 4096 / 6, 3, 4, {"chip_config_name": "megacore"}),
+        # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB at 819 GB/s, ICI 400 GB/s both ways over four ports, a torus of 16x16
+        Chip("v5e", _gib(16), _gib(15.75), 197e12, 819e9, 400e9 / 2 / 4, 2, 16),
+        # docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 96 GiB (95 for programs) at 2765 GB/s, ICI 1200 GB/s both ways; a torus from
+        # 4x4x4 on
+        Chip("v5p", _gib(96), _gib(95.74), 459e12, 2765e9, 1200e9 / 2 / 6, 3, 4),
+        # docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB at 1600 GB/s, ICI 800 GB/s both ways over four ports, a torus of 16x16
+        Chip("v6e", _gib(32), _gib(31.25), 918e12, 1600e9, 800e9 / 2 / 4, 2, 16),
     )
 }
 
@@ -88,6 +90,22 @@ class Slice(NamedTuple):
     def chips(self) -> int:
         """Number of chips."""
         return math.prod(self.sides)
+
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Which sides are closed to rings; of a box, all or none."""
+        closed = tuple(side % self.chip.ring == 0 for side in self.sides)
+        return closed if self.chip.axes == 2 else (all(closed),) * 3
+
+    @property
+    def links(self) -> int:
+        """Of the chip that has fewest, in a corner."""
+        return sum((1 + ring) * (side > 1) for side, ring in zip(self.sides, self.rings))
+
+    @property
+    def hops(self) -> int:
+        """Between the two chips farthest apart."""
+        return sum(side // 2 if ring else side - 1 for side, ring in zip(self.sides, self.rings))
 
 
 def parse_slice(name: str, text: str) -> Slice:
@@ -168,18 +186,19 @@ def roofline(account: Account, where: Slice) -> Seconds:
 
 
 def collective_seconds(c: Collective, where: Slice) -> float:
-    """One collective at best: all links busy all the time, and a hop's time for every chip that a byte passes by on its way.
+    """One collective at best, over `n` chips: the time of its bytes and that of its hops, and twice both for a sum that all get.
 
-    Rings over all axes: each chip sends `(n - 1) / n` of the array for a gather or a scatter, and twice that for a sum. In an exchange
-    of all with all a byte travels a quarter of each side on average.
+    Gathers and scatters: the chip with fewest links receives `(n - 1) / n` of the array. An exchange of all with all: as much, and a
+    quarter of all bytes cross the middle of the longest side. A permutation: one link per chip.
     """
-    chip, n = where.chip, c.chips
+    n, link = c.chips, where.chip.link_bandwidth
     if n == 1:
         return 0.0
-    hops = sum(side - 1 for side in where.sides) if n == where.chips else n - 1
-    part = (n - 1) / n * c.bytes / chip.ici_bandwidth
+    hops = HOP_SECONDS * min(where.hops, n - 1)
+    part = (n - 1) / n * c.bytes / (where.links * link)
     if c.kind == "collective-permute":
-        return c.bytes / chip.ici_bandwidth * chip.links + HOP_SECONDS
+        return c.bytes / link + HOP_SECONDS
     if c.kind == "all-to-all":
-        return part * max(1.0, sum(where.sides) / 4) + HOP_SECONDS * hops
-    return (1 + (c.kind == "all-reduce")) * (part + HOP_SECONDS * hops)
+        middle = max(side / (4 * (1 + ring)) for side, ring in zip(where.sides, where.rings))
+        return max(part, middle * c.bytes / link if n == where.chips else 0.0) + hops
+    return (1 + (c.kind == "all-reduce")) * (part + hops)

@@ -72,8 +72,8 @@ def table(metrics: Row) -> str:
         for v in m["weak_scaling"]
     ]  # fmt: skip
     assumptions = (
-        f"Roofline of {chip['name']}: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, HBM {chip['hbm_bandwidth'] / 1e9:g} GB/s, links "
-        f"{chip['ici_bandwidth'] / 1e9:g} GB/s in all, {duration(chip['hop_seconds'])} per hop; products and HBM at the same time, "
+        f"Roofline of {chip['name']}: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, HBM {chip['hbm_bandwidth'] / 1e9:g} GB/s, each link "
+        f"{chip['link_bandwidth'] / 1e9:.3g} GB/s one way, {duration(chip['hop_seconds'])} per hop; products and HBM at the same time, "
         "collectives after them. Rewards and the start of programs are not counted.\n"
     )
     text = f"## {m['topology']}, global batch {m['batch']}: one of {m['chips']} chips\n\n" + _markdown(["per chip", ""], facts)

@@ -166,14 +166,24 @@ def test_collectives_of_a_compiled_program():
 
 
 def test_seconds_by_hand():
-    """v5e:4x4: 200 GB/s over all links, three hops along each side."""
-    where = parse_slice("topology", "v5e:4x4")
+    """A link of v5e carries 50 GB/s one way. In 4x4 a corner has two and the opposite corner is six hops away; in 16x16 sides are
+    closed: four links, sixteen hops; a box of v5p smaller than 4x4x4 has ends. Half of a square holds half of the pairs twice over:
+    of `b` bytes per chip `n b / 4` cross its middle, which `n / side` links do one way."""
     number = 200_000_000
-    gather = 15 / 16 * 1e-3 + 6 * HOP_SECONDS
-    assert collective_seconds(Collective("all-gather", number, 16, 1), where) == pytest.approx(gather)
-    assert collective_seconds(Collective("all-reduce", number, 16, 1), where) == pytest.approx(2 * gather)
-    assert collective_seconds(Collective("collective-permute", number, 16, 1), where) == pytest.approx(4e-3 + HOP_SECONDS)
-    assert collective_seconds(Collective("all-reduce", number, 1, 1), where) == 0
+    for name, links, hops, side in [("v5e:4x4", 2, 6, 4), ("v5e:16x16", 4, 16, 8), ("v5e:8x16", 3, 15, 8), ("v5e:2x2", 2, 2, 2)]:
+        where = parse_slice("topology", name)
+        n = where.chips
+        gather = (n - 1) / n * number / (links * 50e9) + hops * HOP_SECONDS
+        assert collective_seconds(Collective("all-gather", number, n, 1), where) == pytest.approx(gather)
+        assert collective_seconds(Collective("all-reduce", number, n, 1), where) == pytest.approx(2 * gather)
+        exchange = (n * number / 4) / (n / side * 50e9) + hops * HOP_SECONDS
+        assert collective_seconds(Collective("all-to-all", number, n, 1), where) == pytest.approx(exchange)
+        assert collective_seconds(Collective("collective-permute", number, n, 1), where) == pytest.approx(4e-3 + HOP_SECONDS)
+        assert collective_seconds(Collective("all-reduce", number, 1, 1), where) == 0
+    sizes = {"v5p:2x2x1": (2, 2), "v5p:2x4x4": (3, 7), "v5p:4x4x4": (6, 6), "v4:4x4x8": (6, 8)}
+    for name, expected in sizes.items():
+        where = parse_slice("topology", name)
+        assert (where.links, where.hops) == expected, name
 
 
 # --- slices
