@@ -57,6 +57,8 @@ class Config:
     """How to fine-tune, by the names of experiments.digits."""
     accumulation: int = 1
     """Parts that the rows of an update are worked through in."""
+    stratified: bool = False
+    """Rows stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
     steps: int | None = None
     """Control intervals between noise and data."""
     minibatches: int | None = None

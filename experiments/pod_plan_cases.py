@@ -41,6 +41,7 @@ class Settings(Protocol):
 
     algorithm: str | None
     accumulation: int
+    stratified: bool
     steps: int | None
     minibatches: int | None
     epochs: int | None
