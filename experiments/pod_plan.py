@@ -1,11 +1,12 @@
 """What a run would need on a slice of a TPU pod, from its real programs compiled ahead of time; no TPU is needed.
 
-    python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --out runs/pod_plan
+    python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 5 --out runs/pod_plan
 
 Compiles every program of an iteration for the slice and reads off memory, matrix products, memory traffic and collectives of one
 chip, with loops counted in full; seeks the largest global batch that fits; and does the same for slices of 4 to 256 chips at the same
-batch per chip. Times are those of a roofline: no program can be faster, and small ones are slower. Rewards, which are judged between the
-programs, are not in them. `--out` gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
+batch per chip. Times are those of a roofline: what the chip and its links allow at best, collectives after all else. Rewards, which are
+judged between the programs, are not in them. Without `--stratified` the rows of each minibatch cross the slice, which takes longer the larger it is. `--out`
+gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
 """
 
 import dataclasses

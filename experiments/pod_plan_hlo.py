@@ -178,7 +178,8 @@ def account(text: str, chips: int) -> Account:
     flops = bf16_flops = hbm_bytes = unknown = 0
     collectives: list[Collective] = []
 
-    def visit(name: str, times: int, is_fused: bool) -> None:
+    def visit(name: str, times: int, is_fused: bool, chains: set[str]) -> None:
+        """`chains`: collectives counted already, of those that the compiler spreads over several fusions, to work meanwhile."""
         nonlocal flops, bf16_flops, hbm_bytes, unknown
         inside = computations[name]
         for op in inside.ops.values():
@@ -187,7 +188,9 @@ def account(text: str, chips: int) -> Account:
                 precision = re.search(r"operand_precision=\{(\w+)", op.attributes)
                 flops, bf16_flops = flops + work, bf16_flops + work * PASSES.get(precision[1] if precision else "", 1)
             kind = op.kind.removesuffix("-start")
-            if kind in KINDS:
+            chain = re.search(r'chain_id="\d+"', op.attributes)
+            if kind in KINDS and not (chain and chain[0] in chains):
+                chains |= {chain[0]} if chain else set()
                 collectives.append(_collective(kind, op, inside, chips, times))
             if not is_fused:
                 hbm_bytes += times * _traffic(op, inside, computations)
@@ -196,9 +199,10 @@ def account(text: str, chips: int) -> Account:
                 known = trip_count(op, inside, computations)
                 rounds, unknown = 1 if known is None else known, unknown + (known is None)
             for role, called in op.called():
-                visit(called, times * rounds, is_fused or role in ("calls", "to_apply") and op.kind != "call")
+                fused = is_fused or role in ("calls", "to_apply") and op.kind != "call"
+                visit(called, times * rounds, fused, chains if fused else set())
 
-    visit(entry, 1, False)
+    visit(entry, 1, False, set())
     return Account(flops, bf16_flops, hbm_bytes, collectives, unknown)
 
 
@@ -254,7 +258,7 @@ def group_size(attributes: str, chips: int) -> int:
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? ?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
     return chips

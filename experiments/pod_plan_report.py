@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from .figures import AFTER, BEFORE, FONT, HELD_OUT, OPTIMUM, Panel, figure, png
 from .files import write_atomic
@@ -55,7 +56,6 @@ def table(metrics: Row) -> str:
         ["iteration at best", f"{duration(m['seconds'])}: products {duration(m['product_seconds'])}, HBM {duration(m['hbm_seconds'])}, "
          f"collectives {duration(m['collective_seconds'])}"],
         ["largest batch that fits", f"{'at least ' * m['is_lower_bound']}{m['largest_batch']} ({_tried(m['tried'])})"],
-        ["compilation", duration(m["compile_seconds"] + m["lower_seconds"])],
     ]  # fmt: skip
     if m["unknown_loops"]:
         facts.append(["loops of unknown length", f"{m['unknown_loops']}: counted as one round each"])
@@ -74,7 +74,7 @@ def table(metrics: Row) -> str:
     assumptions = (
         f"Roofline of {chip['name']}: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, HBM {chip['hbm_bandwidth'] / 1e9:g} GB/s, each link "
         f"{chip['link_bandwidth'] / 1e9:.3g} GB/s one way, {duration(chip['hop_seconds'])} per hop; products and HBM at the same time, "
-        "collectives after them. Rewards and the start of programs are not counted.\n"
+        "collectives after them. Rewards, the order of rows and the start of programs are not counted.\n"
     )
     text = f"## {m['topology']}, global batch {m['batch']}: one of {m['chips']} chips\n\n" + _markdown(["per chip", ""], facts)
     heads = ["program", "runs", "peak memory", "temporaries", "GFLOP", "HBM traffic", "collectives", "at best"]
@@ -97,33 +97,38 @@ def write_figure(path: Path, metrics: Row) -> None:
     chips, at = [str(row["chips"]) for row in rows], np.arange(len(rows))
 
     def times(axes: Axes) -> None:
-        scale = 1e-3
-        parts = (("matrix products", "product_seconds", AFTER), ("HBM", "hbm_seconds", BEFORE))
-        for i, (label, name, colour) in enumerate((*parts, ("collectives", "collective_seconds", HELD_OUT))):
-            axes.bar(at + 0.27 * (i - 1), [row[name] / scale for row in rows], 0.27, color=colour, label=label)
-        axes.plot(at, [row["seconds"] / scale for row in rows], "o-", color=OPTIMUM, label="iteration at best")
-        axes.set_yscale("log")
-        axes.set_ylabel("ms per iteration", fontsize=FONT)
-        _finish(axes, chips)
+        for label, name, colour, mark in (
+            ("iteration at best", "seconds", OPTIMUM, "o-"),
+            ("HBM traffic", "hbm_seconds", BEFORE, "s--"),
+            ("collectives", "collective_seconds", HELD_OUT, "^:"),
+            ("matrix products", "product_seconds", AFTER, "D-."),
+        ):
+            axes.plot(at, [1e3 * row[name] for row in rows], mark, color=colour, label=label)
+        _finish(axes, chips, "ms per iteration")
 
     def memory(axes: Axes) -> None:
         axes.plot(at, [row["peak_bytes"] / 2**30 for row in rows], "o-", color=AFTER, label="peak of a chip")
         axes.axhline(rows[0]["hbm_bytes"] / 2**30, color=OPTIMUM, linestyle=(0, (5, 2)), label="what programs can have")
-        axes.set_yscale("log")
-        axes.set_ylabel("GiB", fontsize=FONT)
-        _finish(axes, chips)
+        _finish(axes, chips, "GiB")
 
     each = f"{metrics['chip']['name']}, {rows[0]['batch'] / rows[0]['chips']:g} paths per chip"
     panels = [
-        Panel(f"Time at best: {each}", "Bars of least times by what takes them, and their sum, against chips", times),
+        Panel(f"Time at best: {each}", "Least times by what takes them, and of an iteration, against chips", times),
         Panel("Memory of a chip", "Peak memory against chips, and what a chip has", memory),
     ]
     write_atomic(path, png(figure(panels, 5.4, 3.9)))
 
 
-def _finish(axes: Axes, chips: Sequence[str]) -> None:
+def _finish(axes: Axes, chips: Sequence[str], unit: str) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylabel(unit, fontsize=FONT)
     axes.set_xticks(np.arange(len(chips)), chips)
     axes.set_xlabel("chips", fontsize=FONT)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=FONT - 1)
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=FONT - 1)

@@ -346,7 +346,7 @@ def test_citations():
 
 @pytest.mark.parametrize("minibatches", [2, 4, 5, 10])
 def test_stratified_minibatches_deal_out_groups_of_rows(minibatches):
-    """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows, which by chance."""
+    """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows."""
     training = cd.Training(optax.sgd(1.0), 4, minibatches=minibatches, stratified=True)
     algorithm = cd.compose(objective(5), Pathwise(1), EXACT, training)
     rows = Rows(jnp.tile(jnp.arange(5), 4), *(jnp.arange(20.0)[:, None] for _ in Rows._fields[1:]))

@@ -147,6 +147,34 @@ def test_collectives_of_a_program_for_tpus():
     assert found.unknown_loops == 0
 
 
+CHAIN = """HloModule m
+%first (a: bf16[64,256]) -> bf16[256,256] {
+  %a = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=5, GROUPS, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%second (b: bf16[64,256]) -> bf16[256,256] {
+  %b = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %h = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%b), channel_id=5, GROUPS, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+ENTRY %main (p: bf16[64,256]) -> bf16[256,256] {
+  %p = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %begun = bf16[256,256]{1,0:T(8,128)(2,1)} fusion(%p), kind=kLoop, calls=%first
+  ROOT %done = bf16[256,256]{1,0:T(8,128)(2,1)} fusion(%p), kind=kLoop, calls=%second
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+    """In groups of four, written with the order of the devices. Two that are not of one chain are two, also on one channel."""
+    groups = "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_0'}"
+    expected = Collective("all-gather", 2 * 256 * 256, 4, 1)
+    text = CHAIN.replace("GROUPS", groups)
+    assert account(text, 16).collectives == [expected]
+    assert account(text.replace('chain_id="7"', "", 1), 16).collectives == [expected] * 2
+
+
 def test_memory_traffic_is_that_with_hbm():
     """The one transfer of `p` to the chip, and scalars: where the loop starts, its counter and its condition. All else stays there."""
     assert account(TPU, 16).hbm_bytes == 4 * 64 * 8 + 4 + 20 * (4 + 4) + 20 * (4 + 4 + 1)
@@ -170,7 +198,8 @@ def test_seconds_by_hand():
     closed: four links, sixteen hops; a box of v5p smaller than 4x4x4 has ends. Half of a square holds half of the pairs twice over:
     of `b` bytes per chip `n b / 4` cross its middle, which `n / side` links do one way."""
     number = 200_000_000
-    for name, links, hops, side in [("v5e:4x4", 2, 6, 4), ("v5e:16x16", 4, 16, 8), ("v5e:8x16", 3, 15, 8), ("v5e:2x2", 2, 2, 2)]:
+    slices = [("v5e:4x4", 2, 6, 4), ("v5e:16x16", 4, 16, 8), ("v5e:8x16", 3, 15, 8), ("v5e:2x2", 2, 2, 2)]
+    for name, links, hops, side in slices:
         where = parse_slice("topology", name)
         n = where.chips
         gather = (n - 1) / n * number / (links * 50e9) + hops * HOP_SECONDS
@@ -241,6 +270,47 @@ def test_a_search_that_ends_early_says_so():
     assert pod_plan.largest_batch(lambda batch: {}, 64, 2**12, 0)["largest_batch"] is None
 
 
+# --- an interrupted plan
+
+
+def a_row(case, where, fsdp, batch):
+    """What `compile_all` returns, with made-up numbers: more chips, more time."""
+    names = ("parameter_bytes", "reference_bytes", "value_parameter_bytes", "optimizer_bytes", "value_optimizer_bytes")
+    names += ("flops", "hbm_traffic_bytes", "product_seconds", "hbm_seconds", "collective_seconds", "compile_seconds")
+    names += ("lower_seconds", "unknown_loops")
+    row = {"slice": where.name, "chips": where.chips, "batch": batch, "hbm_bytes": where.chip.usable}
+    row |= {"peak_bytes": 2**20 * batch, "peak_program": "update", "programs": {}, "collectives": {}}
+    return row | dict.fromkeys(names, 1) | {"seconds": 1.0 + where.chips / 64}
+
+
+def test_an_interrupted_plan_keeps_what_is_finished(tmp_path, monkeypatch):
+    """Stopped while the third of four slices is compiled: the same command compiles that one and the next; other settings are refused."""
+    compiled = []
+
+    def compile_all(case, where, fsdp, batch):
+        if where.name == "v5e:4x8" and compiled.count(where.name) == 0:
+            compiled.append(where.name)
+            raise KeyboardInterrupt
+        compiled.append(where.name)
+        return a_row(case, where, fsdp, batch)
+
+    monkeypatch.setattr(pod_plan, "describe", lambda where: [])
+    monkeypatch.setattr(pod_plan, "compile_all", compile_all)
+    args = ["--topology", "v5e:4x4", "--batch", "512", "--compiles", "0", "--out", str(tmp_path / "plan")]
+    args += ["--slices", "v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8"]
+    with pytest.raises(KeyboardInterrupt):
+        pod_plan.main(args)
+    assert compiled == ["v5e:4x4", "v5e:2x2", "v5e:4x8"]
+    assert pod_plan.main(args) == 0
+    assert compiled == ["v5e:4x4", "v5e:2x2", "v5e:4x8", "v5e:4x8", "v5e:8x8"]
+    metrics = json.loads((tmp_path / "plan" / "metrics.json").read_text())
+    weak = metrics["weak_scaling"]
+    assert [(row["chips"], row["batch"]) for row in weak] == [(4, 128), (16, 512), (32, 1024), (64, 2048)]
+    assert [row["efficiency"] for row in weak] == pytest.approx([1.0625 / (1 + row["chips"] / 64) for row in weak])
+    assert (tmp_path / "plan" / "pod_plan.png").read_bytes()[:4] == b"\x89PNG"
+    assert pod_plan.main([*args, "--fsdp", "2"]) == 1  # in the same folder
+
+
 # --- the real programs
 
 
@@ -273,6 +343,19 @@ def test_digits_on_four_chips(plan, monkeypatch):
 
     monkeypatch.setattr(pod_plan, "lower", None)  # a repeated run compiles nothing
     assert pod_plan.run(plan)["peak_bytes"] == metrics["peak_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHIPS)
+def test_memory_is_what_the_compiler_says(name):
+    """A program with an argument larger than the memory of a chip is refused, with what there is, GiB."""
+    pytest.importorskip("libtpu", reason="needs libtpu, the compiler for TPUs: the extra `tpu`")
+    chip = CHIPS[name]
+    device = describe(usual_slices(chip)[0])[0]
+    x = jax.ShapeDtypeStruct((chip.hbm // 4, 2), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refused:
+        jax.jit(lambda x: x + 1).lower(x).compile()
+    assert f"{chip.usable / 2**30:.2f}G" in str(refused.value)
 
 
 def test_describing_a_slice_leaves_the_environment_alone():
