@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -99,7 +100,7 @@ class Layout(NamedTuple):
 
 def _placed(v: Any, sharding: NamedSharding) -> jax.Array:
     """`v` on devices of all processes; each has the whole of it."""
-    if isinstance(v, jax.core.Tracer):  # shapes only: the devices need not be here
+    if isinstance(v, Tracer):  # shapes only: the devices need not be here
         return jax.lax.with_sharding_constraint(v, sharding)
     if sharding.is_fully_addressable or not getattr(v, "is_fully_addressable", True):
         return jax.device_put(v, sharding)

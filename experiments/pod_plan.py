@@ -1,12 +1,12 @@
 """What a run would need on a slice of a TPU pod, from its real programs compiled ahead of time; no TPU is needed.
 
-    python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 5 --out runs/pod_plan
+    python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 3 --out runs/pod_plan
 
 Compiles every program of an iteration for the slice and reads off memory, matrix products, memory traffic and collectives of one
 chip, with loops counted in full; seeks the largest global batch that fits; and does the same for slices of 4 to 256 chips at the same
 batch per chip. Times are those of a roofline: what the chip and its links allow at best, collectives after all else. Rewards, which are
-judged between the programs, are not in them. Without `--stratified` the rows of each minibatch cross the slice, which takes longer the larger it is. `--out`
-gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
+judged between the programs, are not in them. Without `--stratified` the rows of each minibatch cross the slice, which takes longer the
+larger it is. `--out` gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -28,7 +28,7 @@ from ctrl_diffusion.states import memory_shardings
 
 from .commandline import execute, require_at_least, require_known
 from .files import write_atomic
-from .pod_plan_cases import EXPERIMENTS, Case
+from .pod_plan_cases import EXPERIMENTS, Case, Settings
 from .pod_plan_chips import HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
 from .pod_plan_hlo import account, by_kind
 from .pod_plan_report import table, write_figure
@@ -37,7 +37,7 @@ PER_UPDATE = ("select", "update")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What is planned for. Options without a default are the experiment's own."""
 
     topology: str = "v5e:4x4"
@@ -54,24 +54,6 @@ class Config:
     """Paths per iteration, of all chips together."""
     fsdp: int = 1
     """So many chips share one copy of the parameters and of the optimiser's state."""
-    algorithm: str | None = None
-    """How to fine-tune, by the names of experiments.digits."""
-    accumulation: int = 1
-    """Parts that the rows of an update are worked through in."""
-    stratified: bool = False
-    """Rows stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
-    steps: int | None = None
-    """Control intervals between noise and data."""
-    minibatches: int | None = None
-    """Updates per pass."""
-    epochs: int | None = None
-    """Passes over the paths of an iteration."""
-    width: int | None = None
-    """Features of the network."""
-    depth: int | None = None
-    """Blocks of the network."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's matrix products."""
 
 
 Row = dict[str, Any]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -36,18 +36,28 @@ class Case(NamedTuple):
     updates: int
 
 
-class Settings(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """What an experiment is told; `None` is the experiment's own choice."""
 
-    algorithm: str | None
-    accumulation: int
-    stratified: bool
-    steps: int | None
-    minibatches: int | None
-    epochs: int | None
-    width: int | None
-    depth: int | None
-    precision: str
+    algorithm: str | None = None
+    """How to fine-tune, by the names of experiments.digits."""
+    accumulation: int = 1
+    """Parts that the rows of an update are worked through in."""
+    stratified: bool = False
+    """Rows stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
+    steps: int | None = None
+    """Control intervals between noise and data."""
+    minibatches: int | None = None
+    """Updates per pass."""
+    epochs: int | None = None
+    """Passes over the paths of an iteration."""
+    width: int | None = None
+    """Features of the network."""
+    depth: int | None = None
+    """Blocks of the network."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's matrix products."""
 
 
 def digits_case(settings: Settings) -> Case:
@@ -70,7 +80,7 @@ def digits_case(settings: Settings) -> Case:
 
     _, value_params = digits._algorithm(config, model.sampler, reward, kl_weight, ONE_DEVICE)
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (model.params, value_params))
-    return Case(algorithm, *shapes, config.batch, config.steps, config.epochs * config.minibatches)
+    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps, config.epochs * config.minibatches)
 
 
 EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case}

@@ -320,7 +320,7 @@ def plan(tmp_path_factory):
     pytest.importorskip("libtpu", reason="needs libtpu, the compiler for TPUs: the extra `tpu`")
     out = tmp_path_factory.mktemp("plan")
     before = dict(os.environ)
-    config = pod_plan.Config("v5e:2x2", out=out, slices=("v5e:2x2",), compiles=0, batch=256)
+    config = pod_plan.Config(topology="v5e:2x2", out=out, slices=("v5e:2x2",), compiles=0, batch=256)
     pod_plan.run(config)
     assert dict(os.environ) == before
     return config
