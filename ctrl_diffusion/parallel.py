@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -112,6 +113,8 @@ class _Gathering(eqx.Module):
 
 def _placed(v: Any, sharding: NamedSharding) -> jax.Array:
     """`v` on devices of all processes; each has the whole of it."""
+    if isinstance(v, Tracer):  # shapes only: the devices need not be here
+        return jax.lax.with_sharding_constraint(v, sharding)
     if sharding.is_fully_addressable or not getattr(v, "is_fully_addressable", True):
         return jax.device_put(v, sharding)
     if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):

@@ -160,6 +160,26 @@ def test_accumulation_gives_the_same_update(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
+def test_stratified_minibatches_do_not_depend_on_the_devices(name):
+    """Rows that are (time, sample) pairs, and rows that are paths."""
+    alone, info = iteration(name, Layout(), stratified=True)
+    for layout in ("eight", "four by two"):
+        state, found = iteration(name, layouts()[layout], stratified=True)
+        np.testing.assert_array_equal(found.samples, info.samples)
+        for a, b in zip(leaves(state), leaves(alone)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    shuffled = iteration(name, Layout())[0]
+    assert max(np.max(np.abs(a - b)) for a, b in zip(leaves(shuffled.params), leaves(alone.params))) > 1e-6  # other minibatches
+
+
+@pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
+def test_stratified_rows_stay_on_their_devices(name):
+    """The compiled `select` exchanges nothing; that of shuffled rows does."""
+    found = {v: programs(name, layouts()["eight"], minibatches=2, stratified=v)["select"].as_text() for v in (True, False)}
+    assert collectives(found[True]) == [] and collectives(found[False]) != []
+
+
 def test_rollouts_in_parts_are_the_same_paths():
     alone, info = iteration("pathwise, one step", Layout(), minibatches=1)
     state, found = iteration("pathwise, one step", Layout(), minibatches=1, rollouts=4, reward=cd.differentiable(EXACT.reward))

@@ -342,3 +342,24 @@ def test_citations():
     assert "arXiv:2505.15791" in text and "arXiv:2512.04559" in text and text.count("@") >= 3
     with pytest.raises(ValueError, match="soft_vard names no reference"):
         cd.citation(cd.soft_vard)
+
+
+@pytest.mark.parametrize("minibatches", [2, 4, 5, 10])
+def test_stratified_minibatches_deal_out_groups_of_rows(minibatches):
+    """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows."""
+    training = cd.Training(optax.sgd(1.0), 4, minibatches=minibatches, stratified=True)
+    algorithm = cd.compose(objective(5), Pathwise(1), EXACT, training)
+    rows = Rows(jnp.tile(jnp.arange(5), 4), *(jnp.arange(20.0)[:, None] for _ in Rows._fields[1:]))
+    dealt = []
+    for seed in range(40):
+        order = algorithm.programs.shuffle(jax.random.key(seed))
+        parts = [algorithm.programs.select(rows, order, i) for i in range(minibatches)]
+        x = np.stack([part.x[:, 0] for part in parts]).astype(int)  # [minibatches, rows of one]
+        assert sorted(x.ravel()) == list(range(20))
+        np.testing.assert_array_equal(x // minibatches, np.broadcast_to(np.arange(20 // minibatches), x.shape))
+        for part, numbers in zip(parts, x):
+            np.testing.assert_array_equal(part.j, numbers % 5)
+        dealt.append(x % minibatches)
+    first = np.stack(dealt)[:, 0]  # [40, groups]: which of its group a row of the first minibatch was
+    assert len({tuple(v) for v in first}) > 10 or minibatches == 10  # groups are dealt apart from one another
+    assert set(first.ravel()) == set(range(minibatches))

@@ -195,13 +195,19 @@ def compose(
 
     @jax.jit
     def shuffle(key):
-        """Which rows each minibatch has, `[minibatches, m]`."""
+        """Which rows each minibatch has, `[minibatches, m]`; stratified: which of each group of `minibatches` rows."""
+        if training.stratified:
+            dealt = jax.vmap(lambda key: jax.random.permutation(key, minibatches), out_axes=1)
+            return divided(dealt(sample_keys(key, rows_in_one)), 1)
         order = jax.random.permutation(key, rows_in_all).reshape(minibatches, -1)
-        return order if estimator.whole_paths else order % batch * per_path + order // batch
+        return divided(order if estimator.whole_paths else order % batch * per_path + order // batch, 1)
 
     @jax.jit
     def select(rows: Rows, order: Int[Array, "k m"], i) -> Rows:
         """The rows of minibatch `i`."""
+        if training.stratified:
+            grouped = jax.tree.map(lambda v: v.reshape((rows_in_one, minibatches) + v.shape[1:]), rows)
+            return divided(jax.vmap(lambda group, j: jax.tree.map(lambda v: v[j], group))(grouped, order[i]), 0)
         return divided(jax.tree.map(lambda v: v[order[i]], rows), 0)
 
     def value_step(objective, value_params, state, params, reference, rows: Rows):

@@ -58,7 +58,7 @@ def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Pa
     fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond))  # pyright: ignore[reportArgumentType]
     _, trained_on = call("remember", key, memory, fresh)
     rows, _ = call("prepare", fixed, key, models, rollout(trained_on))
-    rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), layout.replicated)
+    rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), partial(layout.batch, axis=1))
     some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
     call("update", (params, value_params, opt, value_opt, average), fixed, reference, some)
     call("finish", params, fixed, models, rows)

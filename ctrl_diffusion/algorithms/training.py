@@ -73,6 +73,9 @@ class Training(NamedTuple):
         layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
         accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient.
         average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
+        stratified: every `minibatches` consecutive rows (times of a path, then paths) are dealt out, one to each minibatch, instead of
+            all rows being shuffled. Rows then stay on their devices, whose exchange otherwise grows with the batch; the expected
+            gradient is the same.
     """
 
     policy: optax.GradientTransformation | AbstractTrustRegion
@@ -85,6 +88,7 @@ class Training(NamedTuple):
     layout: Layout = ONE_DEVICE
     accumulation: int = 1
     average: float | None = None
+    stratified: bool = False
 
 
 class Programs(NamedTuple):
