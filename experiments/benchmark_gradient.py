@@ -36,7 +36,7 @@ def update_of_whole_chain(steps: int, batch: int, width: int, depth: int, small_
     reference = jax.tree.map(jnp.copy, params)
 
     def call():
-        held[0], metrics = algorithm.programs.update(held[0], reference, rows)
+        held[0], metrics = algorithm.programs.update(held[0], algorithm.fixed, reference, rows)
         return held[0], metrics
 
     return call

@@ -161,12 +161,12 @@ class Recorded(NamedTuple):
 def record(algorithm: cd.Algorithm, objective: cd.Objective, behaviour, reference, key) -> Recorded:
     """What an iteration of `algorithm` does before its updates."""
     programs, state = algorithm.programs, algorithm.init(reference)
-    path, ends = programs.collect(key, behaviour, 0)
-    a_old, a_ref, x_hat, _ = programs.annotate(behaviour, reference, path)
+    path, ends, _ = programs.collect(algorithm.fixed, key, behaviour, None, 0)
+    a_old, a_ref, x_hat, _ = programs.annotate(algorithm.fixed, behaviour, reference, path, None)
     r_hat = jnp.zeros(a_old.shape[:2], a_old.dtype)
     fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, objective.reward.fn(ends))
     _, trained_on = programs.remember(key, state.memory, fresh)
-    rows, _ = programs.prepare(key, Models(reference, ()), trained_on)
+    rows, _ = programs.prepare(algorithm.fixed, key, Models(reference, ()), trained_on)
     return Recorded(path, rows, programs.shuffle(key))
 
 
@@ -228,7 +228,7 @@ def our_update(task: Task) -> Callable[[int], Any]:
     held = [(state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)]
 
     def call(i: int) -> Any:
-        held[0], metrics = programs.update(held[0], task.reference, task.minibatch(i))
+        held[0], metrics = programs.update(held[0], task.algorithm.fixed, task.reference, task.minibatch(i))
         return held[0], metrics
 
     return call

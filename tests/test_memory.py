@@ -121,7 +121,7 @@ def test_every_program_is_compiled_once(name, tmp_path, compilations):
         return {}
 
     finetune(
-        run, algorithm, algorithm.init(PARAMS, PHI), jax.random.key(0), iterations=4, evaluate=evaluate, held_out=None,
+        run, algorithm, algorithm.init(PARAMS, PHI), jax.random.key(0), iterations=4, evaluate=evaluate,
         evaluate_every=1, checkpoint_every=2, kl_budget=None,
     )  # fmt: skip
     sizes = {program: v._cache_size() for program, v in algorithm.programs._asdict().items()}
