@@ -43,7 +43,7 @@ class Config(Settings):
     topology: str = "v5e:4x4"
     """Generation and sides of the slice: v4, v5p (three sides), v5e, v6e (two sides), as v5e:16x16 or v5p:4x4x8."""
     experiment: str = "digits"
-    """Which experiment: digits."""
+    """Which experiment: digits, or text_to_image (LoRA of Stable Diffusion 1.5)."""
     out: Path | None = None
     """Folder for `metrics.json`, `table.md` and `pod_plan.png` (default: print only)."""
     slices: tuple[str, ...] | None = None
@@ -96,6 +96,7 @@ def _state_bytes(algorithm: cd.Algorithm, layout: Layout, case: Case) -> dict[st
     sizes = {
         f"{name.replace('params', 'parameter')}_bytes": on_a_chip(getattr(state, name), layout.parameters) for name in names
     }
+    sizes["fixed_bytes"] = on_a_chip(algorithm.fixed, layout.parameters)
     return sizes | {"memory_bytes": on_a_chip(state.memory, partial(memory_shardings, layout))}
 
 

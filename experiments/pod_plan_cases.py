@@ -10,8 +10,9 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
-from . import digits
+from . import digits, text_to_image_config
 from .classifier import Classifier
+from .pod_plan_text import planned_config, text_to_image_programs
 from .presets import choose
 from .rewards import REWARDS
 
@@ -42,8 +43,12 @@ class Settings:
 
     algorithm: str | None = None
     """How to fine-tune, by the names of experiments.digits."""
-    accumulation: int = 1
+    accumulation: int | None = None
     """Parts that the rows of an update are worked through in."""
+    rollouts: int | None = None
+    """Parts that the paths of an iteration are sampled in (only text_to_image)."""
+    times: int | None = None
+    """Timesteps of every path that are trained on (only text_to_image)."""
     stratified: bool = False
     """Rows stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
     steps: int | None = None
@@ -57,7 +62,7 @@ class Settings:
     depth: int | None = None
     """Blocks of the network."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's matrix products."""
+    """Of the network's matrix products (text_to_image: always bfloat16)."""
 
 
 def digits_case(settings: Settings) -> Case:
@@ -83,5 +88,14 @@ def digits_case(settings: Settings) -> Case:
     return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps, config.epochs * config.minibatches)
 
 
-EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case}
+def text_to_image_case(settings: Settings) -> Case:
+    """`experiments.text_to_image`: LoRA of Stable Diffusion 1.5 at 512x512, for a reward on the host."""
+    names = [f.name for f in dataclasses.fields(text_to_image_config.Config)]
+    given = {name: getattr(settings, name, None) for name in names if name not in ("out", "batch", "devices", "precision")}
+    config = planned_config({name: v for name, v in given.items() if v is not None})
+    algorithm, params, value_params = text_to_image_programs(config)
+    return Case(algorithm, params, value_params, config.batch, config.steps, config.epochs * config.minibatches)
+
+
+EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}
 """By name. Another experiment is another function here."""

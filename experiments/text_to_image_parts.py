@@ -27,7 +27,7 @@ class Parts(NamedTuple):
         model: from the folder; its UNet has LoRA, if that is trained.
         params: what is trained, `base`: the rest of the UNet, `denoise(params, base, ...)`: what it predicts.
         prompts: to train on, then those held out, of which there are `held_out`.
-        contexts: of all prompts, then the negative one.
+        contexts: of all prompts, `empty`: of the negative one.
         decode: latents to images.
         reward: of latents, conditional on the number of a prompt.
     """
@@ -39,6 +39,7 @@ class Parts(NamedTuple):
     prompts: list[str]
     held_out: int
     contexts: jax.Array
+    empty: jax.Array
     decode: Any
     reward: cd.Reward
 
@@ -75,7 +76,9 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     judged = make_reward(config.reward, config.reward_weights, [*prompts, *held_out], config.reward_folder, config.decode_chunk)
     reward = cd.seen_through(decode, judged)
     require_gradient(config.algorithm, reward)
-    return Parts(model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts, decode, reward)
+    return Parts(
+        model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts[:-1], contexts[-1], decode, reward
+    )
 
 
 def make_sampler(config: Config, parts: Parts, *, steps: int, eta: float, solver: str = "ExponentialEuler") -> cd.Sampler:
@@ -85,9 +88,7 @@ def make_sampler(config: Config, parts: Parts, *, steps: int, eta: float, solver
     """
     noising = dataclasses.replace(parts.model.noising, set_alpha_to_one=False)
     process = noising.process(steps, eta)
-    control = sd.GuidedScore(
-        parts.denoise, parts.base, parts.contexts[:-1], parts.contexts[-1], config.guidance, noising, process
-    )
+    control = sd.GuidedScore(parts.denoise, parts.base, parts.contexts, parts.empty, config.guidance, noising, process)
     return cd.Sampler(process, control, latent_shape(config, parts.model), grid=noising.grid(steps), solver=SOLVERS[solver]())
 
 
