@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffrax as dfx
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 import ctrl_diffusion as cd
 from ctrl_diffusion import image_rewards, solvers
 
+CAST = image_rewards.Loading(cast=True)  # HPSv2 is published in half precision
 Load = Callable[[Path], image_rewards.AbstractImageReward]
 
 
@@ -47,7 +47,7 @@ REWARDS: dict[str, Choice] = {
     ),
     "pickscore": Choice(1e-3, "PickScore, about 20", load=image_rewards.load_pickscore, differentiable=True),
     "hps": Choice(
-        1e-5, "HPSv2, about 0.27", load=lambda folder: image_rewards.load_hps(folder / "hps.pt", folder), differentiable=True
+        1e-5, "HPSv2, about 0.27", load=lambda folder: image_rewards.load_hps(folder / "hps.pt", folder, CAST), differentiable=True
     ),
     "imagereward": Choice(
         1e-3, "ImageReward, about 0",
@@ -63,17 +63,6 @@ SOLVERS: dict[str, Callable[[], dfx.AbstractSolver]] = {
     "UniPC": solvers.UniPC,
     "Heun": dfx.Heun,
 }
-
-
-class ForPrompts(eqx.Module):
-    """A reward of images and token ids as one of images and numbers of prompts, `chunk` images at a time."""
-
-    reward: image_rewards.AbstractImageReward
-    ids: Any
-    chunk: int = eqx.field(static=True)
-
-    def __call__(self, images: Float[Array, "b h w c"], prompt: Any) -> Float[Array, " b"]:
-        return image_rewards.in_chunks(self.reward, self.chunk)(images, None if self.ids is None else self.ids[prompt])
 
 
 def make_reward(names: Sequence[str], weights: Sequence[float], prompts: Sequence[str], folder: Path, chunk: int) -> cd.Reward:
@@ -100,10 +89,7 @@ def _one(name: str, prompts: Sequence[str], folder: Path, chunk: int) -> cd.Rewa
         return cd.differentiable(choice.fn, name) if choice.differentiable else cd.pooled(choice.fn, chunk=chunk, name=name)
     if not (folder / name).is_dir():
         raise FileNotFoundError(f"reward={name!r} needs its files in {folder / name}: see docs/text_to_image.md.")
-    reward = choice.load(folder / name)
-    ids = reward.tokenize(prompts, truncate=True)
-    judge = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
-    return cd.differentiable(judge, name, conditional=True)
+    return image_rewards.for_prompts(choice.load(folder / name), prompts, name, chunk=chunk)
 
 
 def _own(name: str, prompts: Sequence[str]) -> cd.Reward:

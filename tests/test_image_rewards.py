@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,21 +255,17 @@ def test_parameters_are_arguments_of_what_is_compiled(clips, pickscore):
 
 
 def test_as_a_reward_of_fixed_prompts(pickscore):
-    ids = pickscore.tokenize(["a cat"])
-    expected = pickscore(IMAGES, jnp.repeat(jnp.asarray(ids), 6, 0))
+    prompt = jnp.asarray([2, 0, 1, 1, 0, 2])
+    expected = pickscore(IMAGES, jnp.asarray(pickscore.tokenize(PROMPTS))[prompt])
     for chunk in (None, 4):
-        reward = for_prompts(pickscore, ids, "PickScore of a cat", chunk=chunk)
-        assert reward.differentiable and reward.name == "PickScore of a cat"
-        assert relative(rewards.evaluate(reward, IMAGES), expected) < GATE
-    each = for_prompts(pickscore, pickscore.tokenize(PROMPTS), "PickScore")
-    assert relative(rewards.evaluate(each, IMAGES), pickscore(IMAGES, jnp.asarray(pickscore.tokenize(PROMPTS)))) < GATE
+        reward = for_prompts(pickscore, PROMPTS, "PickScore", chunk=chunk)
+        assert reward.differentiable and reward.conditional and reward.name == "PickScore"
+        assert relative(rewards.evaluate(reward, IMAGES, prompt), expected) < GATE
     size = cd.pooled(image_rewards.jpeg_compressibility, chunk=2)
-    total = cd.weighted_sum((1.0, each), (0.1, size))
-    np.testing.assert_allclose(
-        rewards.evaluate(total, IMAGES), rewards.evaluate(each, IMAGES) + 0.1 * rewards.evaluate(size, IMAGES), rtol=1e-6
-    )
-    with pytest.raises(cd.rewards.RewardError, match="PickScore.*rows"):
-        rewards.evaluate(for_prompts(pickscore, pickscore.tokenize(PROMPTS), "PickScore", chunk=2), IMAGES[:3])
+    total, parts = rewards.evaluate_parts(cd.weighted_sum((1.0, reward), (0.1, size)), IMAGES, prompt)
+    np.testing.assert_allclose(total, parts["PickScore"] + 0.1 * rewards.evaluate(size, IMAGES), rtol=1e-6)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pickscore.network)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(reward) if eqx.is_array(leaf)) > parameters  # arguments, not constants
 
 
 def test_what_rewards_refuse(pickscore):

@@ -76,8 +76,8 @@ def ddpo(objective: Objective, training: Training, *, clip: float = 0.2) -> Algo
     r"""DDPO, importance-sampled: `sum_j min(rho_j A, clip(rho_j) A)` with `A = (r - mean r) / std r`; use `kl_weight = 0`.
 
     The objective `E r` has no maximiser in general: read its reward against its path KL. Black et al. 2024, section 4.3;
-    log-ratios are summed over state dimensions (their code averages them), and the statistics are those of the batch, because
-    there are no prompts.
+    log-ratios are summed over state dimensions (their code averages them), and the statistics are those of the batch, or
+    under conditions of its paths of the same prompt (their code keeps them over iterations).
 
     ??? cite "Reference"
         ```bibtex
@@ -108,8 +108,8 @@ def dpok(objective: Objective, training: Training, *, clip: float = INFINITE) ->
 def flow_grpo(objective: Objective, training: Training, *, clip: float = 0.2) -> Algorithm:
     r"""Flow-GRPO: `A = (r - mean r) / std r` within a group, clipped ratio, and the KL of each step as a penalty of its own.
 
-    Liu et al. 2025, eq. 5 and 6. The group is the batch, because there are no prompts; the KL enters by its own gradient only and
-    not through the advantages, so that with `kl_weight > 0` its fixed point is not the maximiser of J. Dividing by the standard
+    Liu et al. 2025, eq. 5 and 6. The group is the batch, or under conditions its paths of the same prompt; the KL enters by its own
+    gradient only and not through the advantages, so that with `kl_weight > 0` its fixed point is not the maximiser of J. Dividing by the standard
     deviation makes the effective temperature `kl_weight std(r)`.
 
     ??? cite "Reference"

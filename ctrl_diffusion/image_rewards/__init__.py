@@ -48,6 +48,7 @@ from .pixels import (
 from .scores import (
     AbstractImageReward as AbstractImageReward,
     Aesthetic as Aesthetic,
+    ForPrompts as ForPrompts,
     ImageReward as ImageReward,
     TextAlignment as TextAlignment,
     for_prompts as for_prompts,

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from ..rewards import Reward
+from ..rewards import Reward, differentiable
 from ..stable_diffusion.folder import tokenize
 from .blip import ImageRewardNetwork
 from .chunks import in_chunks
@@ -100,20 +99,32 @@ def _needed(ids: Int[Array, "b n"] | None) -> Int[Array, "b n"]:
     return ids
 
 
-def for_prompts(reward: AbstractImageReward, ids: Int[Any, "b n"] | None, name: str, *, chunk: int | None = None) -> Reward:
-    """`ctrl_diffusion.Reward` of images alone, for texts that do not change.
+class ForPrompts(eqx.Module):
+    """A reward of images and token ids as one of images and numbers of prompts, `(images, prompt [b]) -> [b]`.
 
     Args:
-        ids: `reward.tokenize(prompts)`: one row for all images, or a row for each image of every batch.
+        reward: of images and ids.
+        ids: of all prompts, `[p, n]`; `None` for a reward that reads no text.
+        chunk: images at a time, see `in_chunks`; `None`: all.
+    """
+
+    reward: AbstractImageReward
+    ids: Int[Array, "p n"] | None
+    chunk: int | None = eqx.field(static=True, default=None)
+
+    def __call__(self, images: Images, prompt: Int[Array, " b"]) -> Float[Array, " b"]:
+        score = self.reward if self.chunk is None else in_chunks(self.reward, self.chunk)
+        return score(images, None if self.ids is None else self.ids[prompt])
+
+
+def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, *, chunk: int | None = None) -> Reward:
+    """`ctrl_diffusion.Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
+
+    Args:
+        prompts: all that there are; those longer than the reward can read are cut off.
         name: under which it is logged.
         chunk: images at a time, see `in_chunks`; default: all.
     """
-    rows = None if ids is None else jnp.asarray(ids)
-
-    @jax.jit
-    def score(reward: AbstractImageReward, images: Images, rows: Int[Array, "m n"] | None) -> Float[Array, " b"]:
-        if rows is not None and rows.shape[0] == 1:
-            rows = jnp.broadcast_to(rows, (images.shape[0], rows.shape[1]))
-        return (reward if chunk is None else in_chunks(reward, chunk))(images, rows)
-
-    return Reward(name, lambda images: score(reward, images, rows), True)
+    ids = reward.tokenize(prompts, truncate=True)
+    judge = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
+    return differentiable(judge, name, conditional=True)
