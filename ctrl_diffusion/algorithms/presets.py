@@ -109,8 +109,8 @@ def flow_grpo(objective: Objective, training: Training, *, clip: float = 0.2) ->
     r"""Flow-GRPO: `A = (r - mean r) / std r` within a group, clipped ratio, and the KL of each step as a penalty of its own.
 
     Liu et al. 2025, eq. 5 and 6. The group is the batch, or under conditions its paths of the same prompt; the KL enters by its own
-    gradient only and not through the advantages, so that with `kl_weight > 0` its fixed point is not the maximiser of J. Dividing by the standard
-    deviation makes the effective temperature `kl_weight std(r)`.
+    gradient only and not through the advantages, so that with `kl_weight > 0` its fixed point is not the maximiser of J. Dividing by
+    the standard deviation makes the effective temperature `kl_weight std(r)`.
 
     ??? cite "Reference"
         ```bibtex
