@@ -29,11 +29,11 @@ class RunDirectory:
             require_wandb(wandb)
         self.path, self._use_previous = path, use_previous_checkpoint
         self._check_config(config)
-        _wait("settings are checked")
+        wait_for_all("settings are checked")
         if is_first():
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "config.json", json.dumps(config, indent=2) + "\n")
-        _wait("settings are written")
+        wait_for_all("settings are written")
         self._tensorboard: SummaryWriter | None = None
         self._wandb: WeightsAndBiases | None = None
         if wandb is not None and is_first() and self.metrics is None:
@@ -111,7 +111,7 @@ class RunDirectory:
         return Checkpoints(self.path / "checkpoints" / phase, self._use_previous)
 
 
-def _wait(what: str) -> None:
+def wait_for_all(what: str) -> None:
     """Until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

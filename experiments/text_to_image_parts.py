@@ -14,9 +14,11 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import Layout
 
+from .devices import is_first
 from .image_rewards import SOLVERS, make_reward
 from .presets import Settings, choose, require_gradient
 from .random_model import Config as RandomModel, write_random_model
+from .rundir import wait_for_all
 from .text_to_image_config import TINY, Config, price, read_prompts
 
 
@@ -54,8 +56,9 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     folder = Path(config.model)
     if config.model == TINY:
         folder = config.out / TINY
-        if not folder.is_dir():
+        if is_first() and not folder.is_dir():
             write_random_model(RandomModel(folder, seed=config.seed))
+        wait_for_all("the model is written")
     prompts, held_out = read_prompts(config)
 
     def place(name: str, shape: tuple[int, ...]):

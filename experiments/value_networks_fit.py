@@ -78,8 +78,9 @@ class Learned(NamedTuple):
 
 def take_paths(rollout: Rollout, chosen: Int[Array, " p"]) -> Rollout:
     """Some paths of a batch."""
-    x, noise, a_old, a_ref, x_hat, r_hat = (v[:, chosen] for v in rollout[1:-1])
-    return Rollout(rollout.t, x, noise, a_old, a_ref, x_hat, r_hat, rollout.reward[chosen])
+    names = ("x", "noise", "a_old", "a_ref", "x_hat", "r_hat")
+    some = {name: getattr(rollout, name)[:, chosen] for name in names}
+    return rollout._replace(reward=rollout.reward[chosen], **some)
 
 
 def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.parallel import ONE_DEVICE
+from experiments.pod_plan_text import abstract_parts, text_to_image_programs
 from experiments.presets import ALGORITHMS
 from experiments.random_model import Config as RandomModel, write_random_model
 from experiments.text_to_image import main, prompt_diversity, run
@@ -157,6 +158,21 @@ def test_algorithms_apply(tiny, train):
     trained = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
     rest = sum(leaf.size for leaf in jax.tree.leaves(parts.base))
     assert (trained < rest / 10) if train == "lora" else rest == 0
+
+
+def test_a_plan_has_the_shapes_of_a_run(tiny):
+    """What is compiled for a pod, of which nothing but shapes exists, against a model that was loaded."""
+    config = dataclasses.replace(tiny, steps=2)
+    parts, planned = load_parts(config, ONE_DEVICE), abstract_parts(config, "tiny")
+    for a, b in ((parts.params, planned.params), (parts.base, planned.base), (parts.contexts, planned.contexts)):
+        assert [v.shape for v in jax.tree.leaves(a)] == [v.shape for v in jax.tree.leaves(b)]
+    make, params, value_params = text_to_image_programs(config, "tiny")
+    algorithm = make(ONE_DEVICE, 4)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(algorithm.fixed))
+    programs = lower(algorithm, ONE_DEVICE, params, value_params)
+    fixed = sum(leaf.size for leaf in jax.tree.leaves((planned.base, planned.contexts, planned.empty)))
+    given = jax.tree.leaves(programs["collect"].in_avals)
+    assert fixed < sum(leaf.size for leaf in given) < 1.1 * fixed
 
 
 def test_guidance_is_part_of_the_policy(tiny):
