@@ -196,7 +196,7 @@ def test_the_devices_sample_while_the_host_judges(monkeypatch):
     module = sys.modules["ctrl_diffusion.algorithms.compose"]
     paced, judge = Layout.paced, module.evaluate_parts
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
-    monkeypatch.setattr(module, "evaluate_parts", lambda reward, x: events.append("host") or judge(reward, x))
+    monkeypatch.setattr(module, "evaluate_parts", lambda *args: events.append("host") or judge(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
     assert events[:5] == ["device", "device", "host", "host", "device"]
 
