@@ -39,8 +39,8 @@ class GuidedScore(eqx.Module):
 
     denoise: Denoiser = eqx.field(static=True)
     base: Any
-    contexts: Float[Array, "p n e"]
-    empty: Float[Array, "n e"]
+    contexts: Any  # [p, n, e]; a shape where programs are planned only
+    empty: Any  # [n, e]
     guidance: float = eqx.field(static=True)
     noising: Noising = eqx.field(static=True)
     process: DiffusionProcess
