@@ -230,7 +230,12 @@ def _table(parts: Parts, pair: Pair) -> dict[str, Any]:
 
 def decoded(parts: Parts, latents: np.ndarray) -> np.ndarray:
     """Images `[n, h, w, 3]` in [-1, 1] of latents."""
-    return np.asarray(eqx.filter_jit(lambda decode, x: decode(x))(parts.decode, jnp.asarray(latents)))
+    return np.asarray(_decode(parts.decode, jnp.asarray(latents)))
+
+
+@eqx.filter_jit
+def _decode(decode: Any, latents: jax.Array) -> jax.Array:
+    return decode(latents)
 
 
 def prompt_diversity(images: np.ndarray, prompt: np.ndarray) -> float | None:
