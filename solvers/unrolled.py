@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import diffrax as dfx
+import jax
 import jax.numpy as jnp
 
 
@@ -35,6 +36,8 @@ class Unrolled(dfx.AbstractStratonovichSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         (drift, diffusion), tableau, h = terms.terms, self.solver.tableau, t1 - t0
         increment = diffusion.contr(t0, t1, use_levy=True)
+        if len(tableau.c) > 1:
+            increment = drawn_once(increment, t0 < t1)
         normals = (increment.W, getattr(increment, "H", None))
         times = [t0, *(t1 if c == 1 else t0 + float(c) * h for c in tableau.c)]
         rows = ((), *(tableau.a_lower if isinstance(self.solver, dfx.AbstractERK) else tableau.a))
@@ -49,6 +52,19 @@ class Unrolled(dfx.AbstractStratonovichSolver):
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
+
+
+def drawn_once(increment: Any, always: Any) -> Any:
+    """`increment`, not drawn again for every stage that it enters; `always` is a truth that the compiler does not know.
+
+    XLA on a CPU puts a step of three stages and its noise into one loop, and computes the noise anew at each place where that loop
+    needs it. What a conditional hands on is computed before.
+    """
+
+    def handed_on(increment):
+        return jax.lax.cond(always, lambda v: v, lambda v: jax.tree.map(jnp.zeros_like, v), increment)
+
+    return jax.lax.platform_dependent(increment, cpu=handed_on, default=lambda v: v)
 
 
 def combine(coefficients: Iterable, values: Iterable) -> Any:

@@ -256,6 +256,17 @@ def test_unrolled_stages_are_those_of_diffrax(solver, float64):
     np.testing.assert_allclose(integrate(term, solver, GRID, start(), NO_ARGS), whole.ys[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("solver", "handed_on"), [(dfx.SPaRK(), True), (dfx.ShARK(), False)], ids=label)
+def test_the_noise_of_many_stages_is_drawn_once(solver, handed_on):
+    """On a CPU what three stages share is computed before them, which the compiler would otherwise compute again for each."""
+
+    def solve(x):
+        return integrate(noisy_term(solver), solver, GRID, x, NO_ARGS)
+
+    program = jax.jit(solve).lower(start()).compile().as_text()
+    assert (" conditional(" in program) == (handed_on and jax.default_backend() == "cpu")
+
+
 def test_only_explicit_methods_are_unrolled():
     for solver in (dfx.Euler(), dfx.EulerHeun(), ExponentialEuler(), dfx.Kvaerno3(), dfx.Tsit5()):
         assert unrolled(solver) is solver
