@@ -52,12 +52,10 @@ def describe(layout: Layout, **batches: int) -> str:
     kind = jax.devices()[0].device_kind
     if layout.mesh is None:
         return f"1 device ({kind})"
-    shares = ", ".join(f"{name} {size} = {size // layout.devices} each" for name, size in batches.items())
     shape = layout.mesh.shape
-    return (
-        f"{layout.devices} devices ({kind}) of {jax.process_count()} process(es), mesh {DATA} {shape[DATA]} x {FSDP} {shape[FSDP]}; "
-        f"{shares}"
-    )
+    mesh = f"{layout.devices} devices ({kind}) of {jax.process_count()} process(es), mesh {DATA} {shape[DATA]} x {FSDP} {shape[FSDP]}"
+    shares = ", ".join(f"{name} {size} = {size // layout.devices} each" for name, size in batches.items())
+    return f"{mesh}; {shares}" if shares else mesh
 
 
 def is_first() -> bool:

@@ -25,10 +25,12 @@ from tqdm import tqdm
 import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import Algorithm
 from ctrl_diffusion.optimum import mean_and_error
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 
 from . import data as datasets
 from .classifier import train_classifier
 from .commandline import execute
+from .devices import describe, is_first
 from .discretization_cells import (
     Samplers,
     as_choices,
@@ -42,7 +44,7 @@ from .distances import Target, energy_distance, make_target, noise_floor
 from .evaluation import Samples, summary
 from .files import write_arrays, write_atomic
 from .rewards import REWARDS
-from .rundir import RunDirectory
+from .rundir import RunDirectory, exists_for_all, wait_for_all
 from .training import finetune, pretrain
 
 
@@ -66,12 +68,15 @@ def run(config: Config) -> dict[str, Any]:
     """The whole experiment; returns the metrics, which are also in `config.out / "metrics.json"`."""
     begin = time.perf_counter()
     config = resolve(config)
-    directory = RunDirectory(config.out, {name: v for name, v in dataclasses.asdict(config).items() if name != "out"})
+    layout = config.devices.start()
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "devices")}
+    directory = RunDirectory(config.out, settings)
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'curves.png'}. Choose another --out to run again.")
         return directory.metrics
 
-    experiment = Experiment(config)
+    print(describe(layout, batch=config.batch, pretrain_batch=config.pretrain_batch, samples=filled(config.samples)))
+    experiment = Experiment(config, layout)
     print(f"[1/3] pre-training and fine-tuning, {config.seeds} seeds")
     policies = [experiment.policies(seed) for seed in range(filled(config.seeds))]
     print(f"[2/3] {len(config.solvers)} solvers x {len(config.steps)} step counts x {len(config.etas)} noise levels")
@@ -93,12 +98,13 @@ def run(config: Config) -> dict[str, Any]:
         "budget": _budget(config, policies),
         "wall_seconds": time.perf_counter() - begin,
     }
-    write_atomic(config.out / "table.md", table(found, *trained) + "\n" + metrics["verdict"] + "\n")
     history = {
         method: [RunDirectory(experiment.folder(seed, method), experiment.settings).history() for seed in range(len(policies))]
         for method in METHODS[1:]
     }
-    write_figures(config.out, metrics, history, [p.chain_rewards for p in policies], dataclasses.asdict(config))
+    if is_first():
+        write_atomic(config.out / "table.md", table(found, *trained) + "\n" + metrics["verdict"] + "\n")
+        write_figures(config.out, metrics, history, [p.chain_rewards for p in policies], settings)
     directory.finish(metrics)
     print(metrics["verdict"])
     print(f"{metrics['wall_seconds']:.0f} s; see {config.out / 'curves.png'} and {config.out / 'table.md'}")
@@ -111,15 +117,15 @@ _STREAMS = ("pretrain", "finetune", "target", "chain", "evaluation", "network", 
 class Experiment:
     """The parts of a run, each of them on disk once it is complete."""
 
-    def __init__(self, config: Config):
-        self.config, self.choices = config, as_choices(config.solvers)
+    def __init__(self, config: Config, layout: Layout = ONE_DEVICE):
+        self.config, self.layout, self.choices = config, layout, as_choices(config.solvers)
         self.images = datasets.digits()
         self.shape = self.images.x.shape[1:]
         self.schedule = cd.VPCosine(tau_min=0.02)
         self.bandwidth = bandwidth_of(self.images.x)
         self.settings = {
             name: v for name, v in dataclasses.asdict(config).items()
-            if name not in ("out", "full", "seeds", "solvers", "steps", "etas")
+            if name not in ("out", "full", "seeds", "solvers", "steps", "etas", "devices")
         }  # fmt: skip
         half = np.random.default_rng(0).permutation(len(self.images.x))[: len(self.images.x) // 2]
         assert self.images.y is not None
@@ -149,8 +155,11 @@ class Experiment:
             train = functools.partial(self._finetune, method=method, params=params["reference"])
             params[method], seconds[method] = self._finished(seed, method, train)
         file = self.config.out / f"seed-{seed}" / "reference.npz"
-        if not file.exists():
-            write_arrays(file, self._references(seed, params["reference"]))
+        if not exists_for_all(file):
+            arrays = self._references(seed, params["reference"])
+            if is_first():
+                write_arrays(file, arrays)
+            wait_for_all("references are written")
         with np.load(file) as found:
             rewards, chain_rewards, x = found["rewards"], found["chain_rewards"], found["x"]
         optimum = cd.reweighted_optimum(rewards, self.config.kl_weight)
@@ -161,15 +170,19 @@ class Experiment:
     def _finished(self, seed: int, name: str, train: Callable[[int, RunDirectory], tuple[Any, float]]) -> tuple[Any, float]:
         """Parameters and seconds of a finished part; runs it if it is not."""
         folder = self.folder(seed, name)
-        if not (folder / "result.json").exists():
+        if not exists_for_all(folder / "result.json"):
             run = RunDirectory(folder, self.settings)
             print(f"seed {seed}: {NAMES[name]}")
             params, seconds = train(seed, run)
             run.close()
-            cd.save(folder / "model", self.model._replace(params=params))
-            write_atomic(folder / "result.json", json.dumps({"seconds": seconds}) + "\n")
+            params = jax.tree.map(jnp.asarray, whole(params))
+            if is_first():
+                cd.save(folder / "model", self.model._replace(params=params))
+                write_atomic(folder / "result.json", json.dumps({"seconds": seconds}) + "\n")
+            wait_for_all("a policy is written")
         found = cd.load(folder / "model", solver=self.model.sampler.solver)
-        return found.params, json.loads((folder / "result.json").read_text())["seconds"]
+        params = self.layout.put(found.params, self.layout.replicated)
+        return params, json.loads((folder / "result.json").read_text())["seconds"]
 
     def _pretrain(self, seed: int, run: RunDirectory) -> tuple[Any, float]:
         config = self.config
@@ -178,7 +191,7 @@ class Experiment:
         fresh = self.model._replace(params=cd.score_control(network, self.model.process, cd.V)[1])
         model, seconds = pretrain(
             run, fresh, jnp.asarray(self.images.x), self.key(seed, "pretrain"), steps=config.pretrain_steps,
-            batch=config.pretrain_batch, learning_rate=config.pretrain_learning_rate,
+            batch=config.pretrain_batch, learning_rate=config.pretrain_learning_rate, layout=self.layout,
         )  # fmt: skip
         return model.params, seconds
 
@@ -191,8 +204,9 @@ class Experiment:
         )
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
         training = cd.Training(
-            optimizer, config.batch, config.epochs, config.minibatches, optax.adam(config.value_learning_rate)
-        )
+            optimizer, config.batch, config.epochs, config.minibatches, optax.adam(config.value_learning_rate),
+            layout=self.layout,
+        )  # fmt: skip
         objective = cd.Objective(sampler, self.reward, 0.0 if method == "ddpo" else config.kl_weight)
         if method != "score_as_action":
             preset = {"ddpo": cd.ddpo, "ddpo_kl": cd.dpok}[method]
@@ -220,7 +234,7 @@ class Experiment:
 
         def draw(solver, eta, steps, stream, n):
             chain, grid = self.samplers.draw_chain(solver, eta, with_kl=False), self.samplers.process(eta).grid(steps)
-            x, _ = collect(chain, params, params, grid, self.key(seed, stream), n, filled(config.samples))
+            x, _ = collect(chain, params, params, grid, self.key(seed, stream), n, filled(config.samples), self.layout)
             return x, self._rewards(x)
 
         x, rewards = draw(cd.solvers.ExponentialEuler(), 1.0, config.optimum_steps, "target", config.optimum_samples)
@@ -238,7 +252,7 @@ class Experiment:
         folder = self.config.out / "cells"
         folder.mkdir(exist_ok=True)
         file = folder / f"{name}-eta-{eta:g}.json"
-        if not file.exists():
+        if not exists_for_all(file):
             choice = self.choices[name]
             gaussian = choice.gaussian and eta > 0
             draw = (self.samplers.draw_chain if gaussian else self.samplers.draw)(choice.solver, eta)
@@ -250,7 +264,9 @@ class Experiment:
                 for seed, policy in enumerate(policies)
                 for method, row in self._cell(seed, policy, draw, plain, eta, steps).items()
             ]  # fmt: skip
-            write_atomic(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+            if is_first():
+                write_atomic(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+            wait_for_all("cells are written")
         return json.loads(file.read_text())
 
     def _cell(self, seed: int, policy: Policies, draw, plain, eta: float, steps: int) -> dict[str, dict[str, Any]]:
@@ -260,15 +276,16 @@ class Experiment:
         optimum, reference_reward = None, None
         if plain is not None:
             x, _ = collect(
-                plain, reference, reference, grid, self.key(seed, "chain"), config.reference_samples, filled(config.samples)
-            )
+                plain, reference, reference, grid, self.key(seed, "chain"), config.reference_samples, filled(config.samples),
+                self.layout,
+            )  # fmt: skip
             rewards = self._rewards(x)
             reference_reward = mean_and_error(rewards)
             optimum = cd.reweighted_optimum(rewards, config.kl_weight, is_bound=not cd.is_memoryless(process))
         rows = {}
         for method in METHODS:
             key, n = self.key(seed, "evaluation"), filled(config.samples)
-            x, kl = collect(draw, policy.params[method], reference, grid, key, n, n)
+            x, kl = collect(draw, policy.params[method], reference, grid, key, n, n, self.layout)
             if not np.isfinite(x).all():
                 raise FloatingPointError(
                     f"{NAMES[method]} of seed {seed} diverges with {steps} steps at eta={eta:g}: leave that solver or number of "

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import solvers
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.solvers import KeyedPath, levy_area_for, sample_keys, standard_normal, terms_for
 
 
@@ -56,9 +57,9 @@ class PaddedGrid(dfx.AbstractStepSizeController):
         return True, t1, self.ts[controller_state], False, controller_state + 1, dfx.RESULTS.successful
 
 
-def padded(grid: np.ndarray, length: int) -> Float[Array, " length"]:
-    """`grid` in single precision, with its last time repeated up to `length` times."""
-    return jnp.asarray(np.append(grid, np.full(length - len(grid), grid[-1])), jnp.float32)
+def padded(grid: np.ndarray, length: int) -> np.ndarray:
+    """`grid` `[length]` in single precision, with its last time repeated up to `length` times."""
+    return np.append(grid, np.full(length - len(grid), grid[-1])).astype(np.float32)
 
 
 Draw = Callable[[Any, Any, np.ndarray, Key[Array, " b"]], tuple[Float[Array, "b *x"], Float[Array, " b"] | None]]
@@ -101,8 +102,8 @@ class Samplers:
 
         def draw(params, reference, grid, keys):
             ts = padded(grid, self.length)
-            rows = jnp.stack([ts[:-1], *transition(ts[:-1], ts[1:])], axis=1)  # those of the padding are not used
-            x, kl = self._chain[with_kl](params, reference, rows, jnp.asarray(len(grid) - 1), keys)
+            rows = np.stack([ts[:-1], *transition(ts[:-1], ts[1:])], axis=1)  # those of the padding are not used
+            x, kl = self._chain[with_kl](params, reference, rows, len(grid) - 1, keys)
             return x, kl if with_kl else None
 
         return draw
@@ -129,15 +130,20 @@ class Samplers:
         return chain
 
 
-def collect(draw: Draw, params, reference, grid: np.ndarray, key, n: int, chunk: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """`n` samples and path KLs, `chunk` at a time; sample `i` depends on `fold_in(key, i)` alone."""
+def collect(
+    draw: Draw, params, reference, grid: np.ndarray, key, n: int, chunk: int, layout: Layout = ONE_DEVICE
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`n` samples and path KLs, `chunk` at a time, divided over the devices; sample `i` depends on `fold_in(key, i)` alone.
+
+    Parameters are on all devices; every process gets all samples.
+    """
     keys, xs, kls = sample_keys(key, n), [], []
     for i in range(0, n, chunk):
         rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)
-        x, kl = draw(params, reference, grid, keys[rows])
-        xs.append(np.asarray(x)[: n - i])
+        x, kl = whole(layout.paced(draw(params, reference, grid, layout.put(keys[rows], layout.batch))))
+        xs.append(x[: n - i])
         if kl is not None:
-            kls.append(np.asarray(kl)[: n - i])
+            kls.append(kl[: n - i])
     return np.concatenate(xs), np.concatenate(kls) if kls else None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from .devices import Devices
 from .discretization_cells import as_choices
 
 
@@ -66,6 +67,8 @@ class Config:
     """Reference samples whose reweighted law is what distances are measured to."""
     optimum_steps: int = 192
     """Steps of exponential Euler at eta 1 for those."""
+    devices: Devices = Devices()
+    """Devices that share training and sampling."""
 
 
 def filled(value: int | None) -> int:

@@ -18,9 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from tqdm import tqdm
 
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout
+
 from .commandline import execute, require_at_least, require_known
+from .devices import Devices, describe, is_first
 from .exact_report import write_report
 from .exact_units import ENTRIES, PROBLEMS, Budget, budget_for, solve, why_not
 from .rundir import Results, RunDirectory
@@ -47,8 +51,10 @@ class Config:
     """Number of seeds (default 1, with --full 3)."""
     iterations: int | None = None
     """Iterations of every unit (default: each algorithm's own budget)."""
-    workers: int = 2
-    """Units that run at the same time, each in a process of its own."""
+    workers: int | None = None
+    """Units that run at the same time, each in a process of its own (default: 2 on one CPU device, else 1)."""
+    devices: Devices = Devices()
+    """Devices that share a unit."""
 
 
 class Unit(NamedTuple):
@@ -97,32 +103,43 @@ def _budget(config: Config, algorithm: str, problem: str) -> Budget:
 
 def run(config: Config) -> dict[str, Any]:
     """Run what is missing, and write `metrics.json`, `table.md` and the figures; returns the metrics."""
-    todo = units(config)
+    layout = config.devices.start()
+    workers, todo = _workers(config, layout), units(config)
     settings = dataclasses.asdict(config) | {"units": [[*unit[:3], list(unit.budget)] for unit in todo]}
-    directory = RunDirectory(config.out, {k: v for k, v in settings.items() if k not in ("out", "workers")})
+    directory = RunDirectory(config.out, {k: v for k, v in settings.items() if k not in ("out", "workers", "devices")})
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
         return directory.metrics
+    print(describe(layout) + f"; {workers} unit(s) at a time")
     results = Results(config.out / "units")
     missing = [unit for unit in todo if not results.has(unit.name)]
     with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
-        for name, gap in _solved(missing, config.workers, results):
+        for name, gap in _solved(missing, workers, layout, results):
             bar.update()
             bar.set_postfix_str(name if gap is None else f"{name}: gap {100 * gap:.2f} %")
     found = results.read(unit.name for unit in todo)
     metrics = {"results": [{k: v for k, v in result.items() if k != "history"} for result in found]}
-    write_report(config.out, found)
+    if is_first():
+        write_report(config.out, found)
+        print((config.out / "table.md").read_text())
     directory.finish(metrics)
-    print((config.out / "table.md").read_text())
     return metrics
 
 
-def _solved(todo: list[Unit], workers: int, results: Results) -> Iterator[tuple[str, float | None]]:
+def _workers(config: Config, layout: Layout) -> int:
+    """Processes that solve units side by side: several devices, or an accelerator, belong to one."""
+    shared = layout.devices > 1 or jax.default_backend() != "cpu"
+    if layout.devices > 1 and (config.workers or 1) > 1:
+        raise ValueError(f"workers={config.workers} must be 1 on {layout.devices} devices, all of which share every unit.")
+    return config.workers or (1 if shared else 2)
+
+
+def _solved(todo: list[Unit], workers: int, layout: Layout, results: Results) -> Iterator[tuple[str, float | None]]:
     """Names and gaps of units as they are finished; the seeds of an algorithm on a problem share a process, and compile once."""
     groups = [list(found) for _, found in itertools.groupby(todo, key=lambda unit: unit[:2])]
     if workers == 1 or len(groups) < 2:
         for unit in todo:
-            yield _solve(unit, results)
+            yield _solve(unit, results, layout)
         return
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -154,9 +171,9 @@ def _solve_all(units: list[Unit], results: Results) -> list[tuple[str, float | N
     return [_solve(unit, results) for unit in units]
 
 
-def _solve(unit: Unit, results: Results) -> tuple[str, float | None]:
+def _solve(unit: Unit, results: Results, layout: Layout = ONE_DEVICE) -> tuple[str, float | None]:
     """Solve a unit and keep its result."""
-    result = solve(unit.algorithm, unit.problem, unit.seed, unit.budget)
+    result = solve(unit.algorithm, unit.problem, unit.seed, unit.budget, layout)
     results.keep(unit.name, result)
     return unit.name, result["relative_gap"]
 

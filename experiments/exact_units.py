@@ -17,6 +17,7 @@ from ctrl_diffusion import exact
 from ctrl_diffusion.exact import AbstractControlProblem
 from ctrl_diffusion.networks import TimeEmbedding
 from ctrl_diffusion.optimum import mean_and_error
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import V, expand
 from ctrl_diffusion.solvers import power
 
@@ -281,7 +282,7 @@ class Bench(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
+def bench(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ONE_DEVICE) -> Bench:
     """Made once for all seeds, so that they compile once."""
     choice, measured = ENTRIES[algorithm], yardstick(problem_name)
     place = measured.place
@@ -289,7 +290,7 @@ def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
     times = None if budget.times is None else cd.TimeSampling(budget.times)
-    training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times)
+    training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times, layout=layout)
     kl_weight = place.problem.kl_weight if choice.priced else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
@@ -298,10 +299,10 @@ def bench(algorithm: str, problem_name: str, budget: Budget) -> Bench:
     return Bench(measured, made, fixed_point)
 
 
-def solve(algorithm: str, problem_name: str, seed: int, budget: Budget) -> dict[str, Any]:
-    """Train and measure one unit."""
+def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
+    """Train one unit on the devices of `layout`, and measure it on one."""
     begin = time.perf_counter()
-    choice, table = ENTRIES[algorithm], bench(algorithm, problem_name, budget)
+    choice, table = ENTRIES[algorithm], bench(algorithm, problem_name, budget, layout)
     params, value_params = table.yardstick.place.start(seed)
     state = table.algorithm.init(params, value_params if choice.learns_value else ())
     history = []
@@ -319,7 +320,7 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget) -> dict[
         "algorithm": algorithm,
         "problem": problem_name,
         "seed": seed,
-        **measure(table, choice.priced, state.params),
+        **measure(table, choice.priced, whole(state.params)),
         "network_evaluations": calls.network * budget.iterations,
         "network_gradient_evaluations": calls.gradient * budget.iterations,
         "reward_evaluations": calls.reward * budget.iterations,

@@ -1,8 +1,9 @@
 """The folder of a run: its settings, its logs, its checkpoints. Everything is appended or replaced as a whole."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,31 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def exists_for_all(file: Path) -> bool:
+    """Whether a file is there, before any process goes on to make it."""
+    found = file.exists()
+    wait_for_all(f"{file.name} was looked for")
+    return found
+
+
 class Results:
-    """A JSON file per unit of a run, complete or absent: what is there is not done again."""
+    """A JSON file per unit of a run, complete or absent: what is there is not done again.
+
+    Of several processes, which all have the result, the first writes.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(exist_ok=True)
+        wait_for_all("earlier results are seen")
 
     def has(self, name: str) -> bool:
         return (self.folder / f"{name}.json").exists()
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
-        write_atomic(self.folder / f"{name}.json", json.dumps(result, allow_nan=False) + "\n")
+        if is_first():
+            write_atomic(self.folder / f"{name}.json", json.dumps(result, allow_nan=False) + "\n")
+        wait_for_all("a result is written")
 
     def read(self, names: Iterable[str]) -> list[dict[str, Any]]:
         return [json.loads((self.folder / f"{name}.json").read_text()) for name in names]
@@ -146,9 +160,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(path.absolute(), options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Write in the background what `restore` gives back; `state` is copied before this returns."""
+        """Write in the background what `restore` gives back; `state` is copied before this returns.
+
+        `OSError` if this or the last one cannot be written, as on a full disk: the one before it stays.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
-        self._manager.save(step, args=args)
+        with self._errors_named():
+            self._manager.save(step, args=args)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -177,8 +195,19 @@ class Checkpoints:
         return step, restored["state"], restored["notes"]
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._errors_named():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # those of the background come as many types
+            raise OSError(
+                f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).splitlines()[0]}). Is the disk "
+                "full? Make room and repeat the command: it goes on from the checkpoint before."
+            ) from error
 
 
 def _listed(steps: Iterable[int]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from .commandline import execute, require_at_least, require_known
+from .devices import Devices, describe, is_first
 from .rundir import Results, RunDirectory
 from .value_networks_cases import PROBLEMS, Size
 from .value_networks_fit import Budget, Case, learn
@@ -49,6 +50,8 @@ class Config:
     """Paths from every held-out state of the digits, which estimate its exact value."""
     pretrain_steps: int = 1500
     """Optimiser steps of pre-training on the digits."""
+    devices: Devices = Devices()
+    """Devices that share the rows of every update, and the paths that exact values of the digits are estimated from."""
 
 
 class Unit(NamedTuple):
@@ -83,12 +86,13 @@ def units(config: Config) -> list[Unit]:
 
 def run(config: Config) -> dict[str, Any]:
     """Run what is missing, and write `metrics.json`, `table.md` and the figures; returns the metrics."""
-    todo = units(config)
+    layout, todo = config.devices.start(), units(config)
     settings = dataclasses.asdict(config) | {"units": [list(unit) for unit in todo]}
-    directory = RunDirectory(config.out, {name: v for name, v in settings.items() if name != "out"})
+    directory = RunDirectory(config.out, {name: v for name, v in settings.items() if name not in ("out", "devices")})
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'table.md'}. Choose another --out to run again.")
         return directory.metrics
+    print(describe(layout, rows=Budget(1).rows))
     results = Results(config.out / "units")
     missing = [unit for unit in todo if not results.has(unit.name)]
     cases: dict[str, Case] = {}
@@ -96,16 +100,17 @@ def run(config: Config) -> dict[str, Any]:
         for unit in missing:
             bar.set_postfix_str(unit.name)
             if unit.problem not in cases:
-                cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config))}  # one at a time in memory
-            result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations))
+                cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config), layout)}  # one at a time in memory
+            result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations), layout)
             results.keep(unit.name, {"problem": unit.problem, "variant": unit.variant} | result)
             bar.update()
     directory.close()
     found = results.read(unit.name for unit in todo)
     metrics = {"results": [summary(result) for result in found]}
-    write_report(config.out, found)
+    if is_first():
+        write_report(config.out, found)
+        print((config.out / "table.md").read_text())
     directory.finish(metrics)
-    print((config.out / "table.md").read_text())
     return metrics
 
 

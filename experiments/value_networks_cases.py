@@ -15,15 +15,17 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.exact import MixtureControl
 from ctrl_diffusion.exact.mixture import Components
 from ctrl_diffusion.objective import Rollout
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import expand
 from ctrl_diffusion.solvers import power
 
 from . import data as datasets
 from .classifier import train_classifier
+from .devices import is_first
 from .exact_units import PROBLEMS as EXACT
 from .files import write_arrays
 from .rewards import REWARDS
-from .rundir import RunDirectory
+from .rundir import RunDirectory, exists_for_all, wait_for_all
 from .training import pretrain
 from .value_networks_fit import Case, Exact, HeldOut, Law, take_paths
 
@@ -101,10 +103,10 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
     return Law(rollout, r_noisy, held_out)
 
 
-def ring_case(name: str) -> Callable[[RunDirectory, Size], Case]:
+def ring_case(name: str) -> Callable[[RunDirectory, Size, Layout], Case]:
     """A ring of `experiments.exact` on 200 steps that shrink towards the data, `t1 - t = (t1 - t0)(1 - i/n)^2`."""
 
-    def make(directory: RunDirectory, size: Size) -> Case:
+    def make(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> Case:
         problem = EXACT[name]()
         assert isinstance(problem, MixtureControl)
         process = problem.process
@@ -145,27 +147,35 @@ def continuations(objective: cd.Objective, params, j: Int[Array, ""], x: Float[A
     return jax.lax.fori_loop(j, objective.intervals, step, x)
 
 
-def nested(objective: cd.Objective, params, j: Int[Array, " k"], x: Float[Array, "k b *x"], n: int) -> tuple[Exact, Exact]:
-    """`V*` and the mean reward to go of the chain at states of intervals `j`, each from `n` continuations; squared errors."""
+def nested(
+    objective: cd.Objective, params, j: Int[Array, " k"], x: Float[Array, "k b *x"], n: int, layout: Layout = ONE_DEVICE
+) -> tuple[Exact, Exact]:
+    """`V*` and the mean reward to go of the chain at states of intervals `j`, each from `n` continuations; squared errors.
+
+    Continuations are divided over the devices.
+    """
 
     @jax.jit
-    def rewards(j, rows, key):
-        return objective.reward.fn(continuations(objective, params, j, jnp.repeat(rows, n, axis=0), key)).reshape(-1, n)
+    def rewards(params, j, starts, key):
+        return objective.reward.fn(continuations(objective, params, j, starts, key))
 
+    layout.check_batch("continuations", n)
     at_once = max(1, CHUNK // n)
-    key = jax.random.key(23)
+    key, params = jax.random.key(23), layout.put(params, layout.replicated)
     found = []
     for k, index in enumerate(j):
         parts = []
         for i in range(0, x.shape[1], at_once):
-            parts.append(rewards(index, x[k, i : i + at_once], jax.random.fold_in(jax.random.fold_in(key, k), i)))
+            starts = layout.put(jnp.repeat(x[k, i : i + at_once], n, axis=0), layout.batch)
+            given = layout.put((index, jax.random.fold_in(jax.random.fold_in(key, k), i)), layout.replicated)
+            parts.append(jnp.asarray(whole(layout.paced(rewards(params, given[0], starts, given[1]))).reshape(-1, n)))
         r = jnp.concatenate(parts)
         found.append((*log_mean_exp(r, objective.kl_weight), jnp.mean(r, axis=1), jnp.var(r, axis=1, ddof=1) / n))
     soft, soft_noise, mean, mean_noise = (jnp.stack(column) for column in zip(*found))
     return Exact(soft, mean), Exact(soft_noise, mean_noise)
 
 
-def digits_case(directory: RunDirectory, size: Size) -> Case:
+def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> Case:
     """A small unconditional model of the digits; the reward is the log-probability of the digit 3; paths of the reference chain."""
     images = datasets.digits()
     assert images.y is not None
@@ -177,10 +187,11 @@ def digits_case(directory: RunDirectory, size: Size) -> Case:
     network = cd.ResidualMLP(shape, shape, width=size.width, depth=3, rngs=nnx.Rngs(0))
     model = cd.make_model(network, process, shape, grid=process.grid(STEPS))
     model, _ = pretrain(
-        directory, model, jnp.asarray(images.x), jax.random.key(2), steps=size.pretrain_steps, batch=256, learning_rate=2e-3
-    )
+        directory, model, jnp.asarray(images.x), jax.random.key(2), steps=size.pretrain_steps, batch=256, learning_rate=2e-3,
+        layout=layout,
+    )  # fmt: skip
     objective = cd.Objective(model.sampler, choice.make(log_probabilities, 3), choice.kl_weight)
-    params, sampler, reward = model.params, model.sampler, objective.reward.fn
+    params, sampler, reward = jax.tree.map(jnp.asarray, whole(model.params)), model.sampler, objective.reward.fn
 
     @jax.jit
     def draw(keys):
@@ -201,17 +212,20 @@ def digits_case(directory: RunDirectory, size: Size) -> Case:
     stacked, r_noisy = jax.tree.map(lambda *v: jnp.stack(v), *batches)
     some, noisy = rollout(jax.random.fold_in(key, 1_000_003), size.digit_states)
     j = jnp.arange(0, STEPS, 3)
-    exact, noise = _kept(directory.path / "nested.npz", lambda: nested(objective, params, j, some.x[j], size.continuations))
+    file = directory.path / "nested.npz"
+    exact, noise = _kept(file, lambda: nested(objective, params, j, some.x[j], size.continuations, layout))
     held_out = HeldOut(j, some.x[j], some.x_hat[j], some.r_hat[j], noisy[j], exact, noise)
     return Case(objective, 128, 256, Law(stacked, r_noisy, held_out))
 
 
 def _kept(file: Path, make: Callable[[], tuple[Exact, Exact]]) -> tuple[Exact, Exact]:
     """The estimates of a file, made and written if it is not there."""
-    if not file.exists():
+    if not exists_for_all(file):
         exact, noise = make()
         arrays = {"soft": exact.soft, "mean": exact.mean, "soft_noise": noise.soft, "mean_noise": noise.mean}
-        write_arrays(file, {name: np.asarray(v) for name, v in arrays.items()})
+        if is_first():
+            write_arrays(file, {name: np.asarray(v) for name, v in arrays.items()})
+        wait_for_all("estimates are written")
     with np.load(file) as found:
         soft, mean, soft_noise, mean_noise = (jnp.asarray(found[k]) for k in ("soft", "mean", "soft_noise", "mean_noise"))
     return Exact(soft, mean), Exact(soft_noise, mean_noise)
@@ -220,7 +234,7 @@ def _kept(file: Path, make: Callable[[], tuple[Exact, Exact]]) -> tuple[Exact, E
 class Problem(NamedTuple):
     """How a problem is made, iterations of training, and which variants would say nothing new on it, with the reason."""
 
-    make: Callable[[RunDirectory, Size], Case]
+    make: Callable[[RunDirectory, Size, Layout], Case]
     iterations: int
     left_out: dict[str, str]
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.objective import Rollout, Rows
+from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from .value_networks_variants import Variant
 
@@ -83,8 +84,10 @@ def take_paths(rollout: Rollout, chosen: Int[Array, " p"]) -> Rollout:
     return rollout._replace(reward=rollout.reward[chosen], **some)
 
 
-def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
+def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
     """Train one variant, all seeds at once, and measure it before, on the way and at the end.
+
+    The rows of an update are divided over the devices of `layout`; all of them have everything else.
 
     Every seed has its own initial parameters and paths, the same for all variants. An iteration draws paths, computes targets by
     the present value, and makes its updates on rows of them in random order. Adam with a cosine decay to 2 %, gradients clipped
@@ -96,7 +99,8 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
     that is not known; `seconds`.
     """
     begin = time.perf_counter()
-    law, objective = variant.law(case), case.objective
+    law, objective = layout.put(variant.law(case), layout.replicated), case.objective
+    best = case.optimum and layout.put(case.optimum.held_out, layout.replicated)
     sampler, n, seeds = objective.sampler, objective.intervals, law.r_noisy.shape[0]
     if n * case.paths < budget.updates * budget.rows:
         raise ValueError(
@@ -123,6 +127,7 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
             at = index // case.paths, index % case.paths
             unused = jnp.zeros(0)
             x, x_hat, r_hat, goal = (v[at] for v in (some.x, some.x_hat, some.r_hat, target))
+            at, x, x_hat, r_hat, goal = layout.constrain((at, x, x_hat, r_hat, goal), layout.batch)
             rows = Rows(at[0], x, unused, unused, unused, unused, x_hat, r_hat, unused, goal, unused)
             gradient = jax.grad(critic.error)(state.params, objective, rows)
             change, opt = optimizer.update(gradient, state.optimizer, state.params)
@@ -141,17 +146,17 @@ def learn(case: Case, variant: Variant, budget: Budget) -> dict[str, Any]:
     fit = jax.jit(jax.vmap(fit, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
     measure = jax.jit(jax.vmap(squares, in_axes=(0, None, None)))
     keys = cd.sample_keys(jax.random.key(5), seeds)
+    layout.check_batch("rows of an update", budget.rows)
     state = Learned(params, jax.vmap(optimizer.init)(params))
+    state, keys = layout.put((state, keys), layout.replicated)
     marks = np.linspace(0, budget.iterations, budget.evaluations + 1).astype(int).tolist()
     found = [measure(state.params, held, own)]
     for start, stop in zip(marks, marks[1:]) if critic.optimizer is not None else ():
-        state = fit(state, rollouts, keys, start, stop)
+        state = layout.paced(fit(state, rollouts, keys, start, stop))
         found.append(measure(state.params, held, own))
     square_soft, square_own = (np.stack([np.asarray(pair[i], np.float64) for pair in found], axis=1) for i in (0, 1))
     if not np.isfinite(square_own).all():
         raise FloatingPointError(f"{variant.name}: the value is not finite after training; lower its learning rate.")
-
-    best = case.optimum and case.optimum.held_out
 
     def listed(v: Array) -> list[float]:
         return np.asarray(v, np.float64).tolist()

@@ -26,6 +26,12 @@ from ctrl_diffusion.estimators import (
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
 from ctrl_diffusion.values import NoValue
+from experiments.discretization_cells import Samplers, collect
+from experiments.exact_units import budget_for, solve
+from experiments.rundir import RunDirectory
+from experiments.value_networks_cases import Size, ring_case
+from experiments.value_networks_fit import Budget, learn
+from experiments.value_networks_variants import BY_NAME
 
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
 EXACT = exact.MixtureControl(PROCESS, exact.ring(), exact.LinearReward((1.0, 0.0)), kl_weight=1.0)
@@ -294,6 +300,37 @@ def loop_bodies(text):
     """The computations of a compiled program's text that are bodies of loops."""
     names = set(re.findall(r"body=%?([\w.-]+)", text))
     return [part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in names]
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_samples_of_the_discretisation_experiment_are_the_same_bit_for_bit(chain):
+    samplers = Samplers(lambda params, t, x, cond: params * x, PROCESS.schedule, (2,), max_steps=STEPS)
+    draw = (samplers.draw_chain if chain else samplers.draw)(cd.solvers.ExponentialEuler(), 1.0)
+    found = []
+    for layout in (Layout(), layouts()["eight"]):
+        params, reference = layout.put((jnp.asarray(-1.0), jnp.asarray(-0.9)), layout.replicated)
+        found.append(collect(draw, params, reference, PROCESS.grid(STEPS - 2), jax.random.key(0), 40, 16, layout))
+    for one, eight in zip(*found):
+        np.testing.assert_array_equal(eight, one)
+    assert found[0][0].shape == (40, 2) and (found[0][1] is not None) == chain
+
+
+def test_the_value_network_experiment_does_not_depend_on_the_devices(tmp_path):
+    case = ring_case("ring_linear")(RunDirectory(tmp_path / "run", {}), Size(seeds=1, paths=64, states=16), Layout())
+    budget = Budget(iterations=2, evaluations=1, updates=2, rows=64)
+    one, eight = (learn(case, BY_NAME["structured"], budget, layout) for layout in (Layout(), layouts()["eight"]))
+    np.testing.assert_allclose(eight["square_soft"], one["square_soft"], rtol=1e-4)
+    assert one["square_soft"][0][0] != one["square_soft"][0][-1]
+    with pytest.raises(ValueError, match="rows of an update=60 must be a multiple of the number of devices, 8"):
+        learn(case, BY_NAME["structured"], budget._replace(rows=60), layouts()["eight"])
+
+
+def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices():
+    budget = budget_for("log_variance", "linear_ou")._replace(iterations=2)
+    one, eight = (solve("log_variance", "linear_ou", 0, budget, layout) for layout in (Layout(), layouts()["eight"]))
+    assert one["relative_gap"] < 0.5  # it has learned something
+    for name in ("relative_gap", "control_l2_error", "reward", "path_kl"):
+        assert eight[name] == pytest.approx(one[name], rel=1e-4)
 
 
 def test_samples_of_a_larger_network_are_the_same_bit_for_bit():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,29 +33,59 @@ def parameters(out):
     return safetensors.numpy.load_file(out / "model" / "params.safetensors")
 
 
-def killed(out, point):
+def killed(out, point, devices=1):
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed", str(out), point],
         cwd=REPOSITORY,
-        env=environment(1),
+        env=environment(devices),
         capture_output=True,
         text=True,
     )
-    return done.returncode, done.stderr[-2000:]
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Parameters of a run with a replay buffer that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole")
+    assert killed(out / "run", "never") == (0, ANY)
+    return parameters(out / "run")
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
-    """SIGKILL in a rollout, in an update and while a checkpoint is written, of one run with a replay buffer."""
-    assert killed(tmp_path / "whole", "never") == (0, ANY)
+def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, whole):
+    """SIGKILL in a rollout, in an update and while a checkpoint is written, of the same run."""
     for point in ("rollout", "update", "checkpoint"):
         assert killed(tmp_path / "run", point) == (-signal.SIGKILL, ANY)
     assert killed(tmp_path / "run", "never") == (0, ANY)
-    whole, run = parameters(tmp_path / "whole"), parameters(tmp_path / "run")
+    run = parameters(tmp_path / "run")
     for name in whole:
         np.testing.assert_array_equal(run[name], whole[name])
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == list(range(6))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(tmp_path, whole):
+    """No file may grow beyond a kilobyte from the third checkpoint on; what was written before is used."""
+    code, message = killed(tmp_path / "run", "disk")
+    assert code == 1 and re.search("error: a checkpoint cannot be written to .*File too large.*Is the disk full", message), (
+        message
+    )
+    assert killed(tmp_path / "run", "never") == (0, ANY)
+    run = parameters(tmp_path / "run")
+    for name in whole:
+        np.testing.assert_array_equal(run[name], whole[name])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(tmp_path, whole):
+    """Checkpoints of one device, the replay buffer in them, are restored on four."""
+    assert killed(tmp_path / "run", "checkpoint") == (-signal.SIGKILL, ANY)
+    assert killed(tmp_path / "run", "never", devices=4) == (0, ANY)
+    run = parameters(tmp_path / "run")
+    for name in whole:
+        np.testing.assert_allclose(run[name], whole[name], rtol=1e-3, atol=1e-5)
 
 
 TINY = "--steps 4 --pretrain-steps 20 --pretrain-batch 32 --width 16 --depth 1 --iterations 2 --batch 32 --minibatches 2 --epochs 1"
