@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from .benchmark_unet import (
 from .commandline import execute, require_at_least
 from .files import write_atomic
 
+KINDS = ("rollout", "update")
+UNITS = {"rollout": "images/s", "update": "update samples/s"}
 OURS, SCAN, EAGER, COMPILED = "this library", "lax.scan by hand", "PyTorch", "PyTorch, compiled"
 TARGETS = {
     "rollout_ratio_to_scan": 1.05, "update_ratio_to_scan": 1.05, "rollout_speedup_over_torch": 1.5, "update_speedup_over_torch": 1.5,
@@ -176,7 +178,7 @@ def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: 
 def measure(sides: list[Side], config: Config) -> None:
     """Times of all sides that have something to call."""
     present = [side for side in sides if side.sample is not None]
-    for kind in ("rollout", "update"):
+    for kind in KINDS:
         rounds = [_call(side, kind, config.minibatches) for side in present]
         for side, seconds in zip(present, interleaved(rounds, config.repeats, config.pause, kind)):
             side.seconds[kind] = seconds
@@ -207,11 +209,11 @@ def rows_of(sides: list[Side], per_call: dict[str, int]) -> list[dict[str, Any]]
     return rows
 
 
-def compared(sides: list[Side]) -> dict[str, Any]:
+def compared(sides: list[Side], kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """Ratios within rounds: to the scan, and over the faster of the two ways to run PyTorch."""
     ours, scan, *rivals = sides
     found: dict[str, Any] = {}
-    for kind in ("rollout", "update"):
+    for kind in kinds:
         found[f"{kind}_ratio_to_scan"], *spread = ratio(ours.seconds[kind], scan.seconds[kind])
         found[f"{kind}_ratio_to_scan_quartiles"] = spread
         present = [rival for rival in rivals if kind in rival.seconds]
@@ -282,16 +284,17 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def summary(metrics: dict[str, Any]) -> str:
+def summary(metrics: dict[str, Any], targets: Mapping[str, float] = TARGETS) -> str:
     """The result in words: a line per side, a line per target."""
     lines = []
     for row in metrics["sides"]:
         if row["reason"]:
             lines.append(f"{row['name']:18} {row['reason']}")
             continue
-        images, samples = (row[f"{kind}_samples_per_second"][0] for kind in ("rollout", "update"))
-        lines.append(f"{row['name']:18} {images:10.1f} images/s {samples:12.1f} update samples/s")
-    for name, target in TARGETS.items():
+        speeds = {kind: row.get(f"{kind}_samples_per_second") for kind in KINDS}
+        shown = [f"{v[0]:10.4g} {UNITS[kind]}" for kind, v in speeds.items() if v is not None]
+        lines.append(f"{row['name']:18} {' '.join(shown)}")
+    for name, target in targets.items():
         if metrics[name] is not None:
             low, high = metrics[f"{name}_quartiles"]
             bound = "at most" if "ratio" in name else "at least"

@@ -1,6 +1,6 @@
 """The figure of `experiments.benchmark`: images and update samples per second of every side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,20 @@ from .files import write_atomic
 COLORS = (AFTER, BEFORE, HELD_OUT, "#e69f00")
 
 
-def write_figure(path: Path, metrics: Mapping[str, Any]) -> None:
+TITLES = {"rollout": "Sampling, images/s", "update": "Policy update, samples/s"}
+
+
+def write_figure(path: Path, metrics: Mapping[str, Any], kinds: Sequence[str] = ("rollout", "update")) -> None:
     """Bars are medians, whiskers quartiles; where there is no bar, the reason stands."""
-    panels = [
-        panel(metrics, "rollout", "Sampling, images/s", "rollout_ratio_to_scan", "rollout_speedup_over_torch"),
-        panel(metrics, "update", "Policy update, samples/s", "update_ratio_to_scan", "update_speedup_over_torch"),
-    ]
-    write_atomic(path, png(figure(panels, 5.6, 2.9)))
+    write_atomic(path, png(figure([panel(metrics, kind) for kind in kinds], 5.6, 2.9)))
 
 
-def panel(metrics: Mapping[str, Any], kind: str, title: str, to_scan: str, over_torch: str) -> Panel:
+def panel(metrics: Mapping[str, Any], kind: str) -> Panel:
     """One set of bars, with the two ratios below."""
-    rows = metrics["sides"]
-    below = f"{metrics[to_scan]:.3f}x the scan's time"
-    if metrics[over_torch] is not None:
-        below += f"; {metrics[over_torch]:.2f}x as fast as {metrics[f'{kind}_faster_torch']}"
+    rows, title, over_torch = metrics["sides"], TITLES[kind], metrics[f"{kind}_speedup_over_torch"]
+    below = f"{metrics[f'{kind}_ratio_to_scan']:.3f}x the scan's time"
+    if over_torch is not None:
+        below += f"; {over_torch:.2f}x as fast as {metrics[f'{kind}_faster_torch']}"
 
     def draw(axes: Axes) -> None:
         for i, (row, color) in enumerate(zip(rows, COLORS)):

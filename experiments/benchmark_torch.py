@@ -152,6 +152,41 @@ class Rival:
         return loss.item(), nnx.state(load_network(UNet, folder))
 
 
+def guided_sampling(
+    folder: Path,
+    chain: Any,
+    start: Any,
+    noise: Any,
+    guidance: float,
+    precision: str,
+    device: torch.device,
+    compiled: bool = False,
+) -> Callable[[], np.ndarray]:
+    """`call()`: final latents `[b, h, w, c]` of the `Chain` of `experiments.benchmark_text_to_image`, by the UNet of a folder."""
+    dtype = getattr(torch, precision)
+    unet = load(folder, device)
+    unet = unet if dtype == torch.float32 else unet.to(dtype)
+    predict = torch.compile(unet, dynamic=False) if compiled else unet
+
+    def put(v: Any, image: bool = False) -> torch.Tensor:
+        array = np.array(v)
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, -3)) if image else array).to(device)
+
+    timesteps, keep, gain, std = (put(v) for v in chain[:-1])
+    contexts, x0, xi = put(chain.contexts).to(dtype), put(start, True), put(noise, True)
+
+    def call() -> np.ndarray:
+        x = x0
+        with torch.inference_mode():
+            for i in range(len(keep)):
+                both = torch.cat([x, x]).to(dtype, memory_format=torch.channels_last)
+                text, empty = predict(both, timesteps[i], contexts, return_dict=False)[0].float().chunk(2)
+                x = keep[i] * x + gain[i] * (empty + guidance * (text - empty)) + std[i] * xi[i]
+        return x.cpu().numpy().transpose(0, 2, 3, 1)
+
+    return call
+
+
 def versions() -> dict[str, Any]:
     """What PyTorch is here."""
     return {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}

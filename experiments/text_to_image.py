@@ -27,7 +27,7 @@ from .commandline import execute
 from .devices import describe, is_first
 from .evaluation import Evaluator, Samples
 from .files import write_arrays
-from .rundir import RunDirectory
+from .rundir import RunDirectory, exists_for_all
 from .text_to_image_config import Config, check, price
 from .text_to_image_parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .text_to_image_report import write_gallery
@@ -75,7 +75,6 @@ def run(config: Config) -> dict[str, Any]:
     )
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_STREAMS)}
     evaluations = Evaluations(config, parts, layout, keys["evaluation"])
-    trained_on = evaluations.pair(sampler, parts.params, "training prompts", held_out=False)
 
     print("[2/3] fine-tuning")
 
@@ -102,11 +101,12 @@ def run(config: Config) -> dict[str, Any]:
     metrics: dict[str, Any] = _numbers(trained_on, kl_weight) | {
         f"held_out_{name}": v for name, v in _numbers(held_out, kl_weight).items()
     }
-    for name, pair in (("", trained_on), ("held_out_", held_out)):
+    images = {}
+    for name, pair in (("training", trained_on), ("held_out", held_out)):
         for when in ("before", "after"):
-            images = decoded(parts, getattr(pair, when).x)
-            metrics[f"{name}diversity_{when}"] = prompt_diversity(images, pair.prompt)
-    metrics["cells"] = evaluations.cells(tuned)
+            images[f"{name}_{when}"] = shown = decoded(parts, getattr(pair, when).x)
+            metrics[f"{'' if pair is trained_on else 'held_out_'}diversity_{when}"] = prompt_diversity(shown, pair.prompt)
+    metrics["cells"] = evaluations.cells(tuned, trained_on)
     metrics["prompts"] = _table(parts, trained_on) | _table(parts, held_out)
     metrics |= {
         "iterations": progress.iterations,
@@ -120,7 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     directory.close()
     if is_first():
-        _write_images(config, parts, {"training": trained_on, "held_out": held_out})
+        _write_images(config, parts, images, {"training": trained_on, "held_out": held_out})
     directory.finish(metrics)
     if is_first():
         write_gallery(config.out)
@@ -148,16 +148,21 @@ class Evaluations:
         before = self._before(f"{name}_{'held_out' if held_out else 'training'}", evaluator, key, prompt)
         return Pair(before, evaluator.samples(params, key, n, jnp.asarray(prompt), label), prompt)
 
-    def cells(self, params: Any) -> list[dict[str, Any]]:
-        """Rewards at other numbers of steps with the same noise level, and by other solvers of the probability-flow ODE."""
-        config, found = self.config, []
-        cells = [("ExponentialEuler", config.steps, config.eta)]
+    def cells(self, params: Any, own: Pair) -> list[dict[str, Any]]:
+        """Rewards at other numbers of steps with the same noise level, and by other solvers of the probability-flow ODE.
+
+        The first is that of the sampler trained with, whose images are `own`.
+        """
+        config, trained = self.config, ("ExponentialEuler", self.config.steps, self.config.eta)
+        cells = [trained]
         cells += [("ExponentialEuler", steps, config.eta) for steps in config.evaluation_steps if steps != config.steps]
         cells += [(solver, config.steps, 0.0) for solver in config.evaluation_solvers]
+        found = []
         for solver, steps, eta in cells:
-            name = f"{solver}_{steps}_{eta:g}"
-            sampler = make_sampler(config, self.parts, steps=steps, eta=eta, solver=solver)
-            pair = self.pair(sampler, params, name, held_out=False, name=name)
+            pair, name = own, f"{solver}_{steps}_{eta:g}"
+            if (solver, steps, eta) != trained:
+                sampler = make_sampler(config, self.parts, steps=steps, eta=eta, solver=solver)
+                pair = self.pair(sampler, params, name, held_out=False, name=name)
             numbers = _numbers(pair, 0.0)
             found.append({"solver": solver, "steps": steps, "eta": eta, **{k: numbers[k] for k in CELL}})
         return found
@@ -171,7 +176,7 @@ class Evaluations:
 
     def _before(self, name: str, evaluator: Evaluator, key: jax.Array, prompt: np.ndarray) -> Samples:
         file = self.config.out / "before" / f"{name}.npz"
-        if file.exists():
+        if exists_for_all(file):
             with np.load(file) as arrays:
                 return Samples(arrays["x"], arrays["rewards"], np.zeros(len(prompt), np.float32))
         found = evaluator.reference_samples(key, len(prompt), jnp.asarray(prompt))
@@ -249,13 +254,10 @@ def prompt_diversity(images: np.ndarray, prompt: np.ndarray) -> float | None:
     return float(distances[pairs].mean()) if pairs.any() else None
 
 
-def _write_images(config: Config, parts: Parts, pairs: dict[str, Pair]) -> None:
-    arrays: dict[str, np.ndarray] = {}
+def _write_images(config: Config, parts: Parts, images: dict[str, np.ndarray], pairs: dict[str, Pair]) -> None:
+    arrays = {name: np.round(127.5 * (x[:SHOWN] + 1)).astype(np.uint8) for name, x in images.items()}
     for name, (before, after, prompt) in pairs.items():
-        for when, samples in (("before", before), ("after", after)):
-            images = decoded(parts, samples.x[:SHOWN])
-            arrays[f"{name}_{when}"] = np.round(127.5 * (images + 1)).astype(np.uint8)
-            arrays[f"{name}_rewards_{when}"] = samples.rewards[:SHOWN]
+        arrays[f"{name}_rewards_before"], arrays[f"{name}_rewards_after"] = before.rewards[:SHOWN], after.rewards[:SHOWN]
         arrays[f"{name}_prompts"] = np.asarray([parts.prompts[i] for i in prompt[:SHOWN]])
     write_arrays(config.out / "images.npz", arrays)
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
+from ctrl_diffusion.chunks import in_chunks
 from ctrl_diffusion.estimators import (
     GradientBalance,
     LeanAdjoint,
@@ -184,6 +185,14 @@ def test_stratified_rows_stay_on_their_devices(name):
     """The compiled `select` exchanges nothing; that of shuffled rows does."""
     found = {v: programs(name, layouts()["eight"], minibatches=2, stratified=v)["select"].as_text() for v in (True, False)}
     assert collectives(found[True]) == [] and collectives(found[False]) != []
+
+
+def test_chunks_leave_rows_on_their_devices():
+    layout = layouts()["eight"]
+    x = layout.put(jnp.arange(192.0).reshape(64, 3), layout.batch)
+    double = jax.jit(in_chunks(lambda x: 2 * x, 16))
+    assert collectives(double.lower(x).compile().as_text()) == []
+    np.testing.assert_array_equal(double(x), 2 * np.asarray(x))
 
 
 def test_rollouts_in_parts_are_the_same_paths():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark
+from experiments import benchmark, benchmark_text_to_image
 from experiments.benchmark_check import exact
 from experiments.benchmark_unet import TIMESTEPS, coefficients, make_task
 
@@ -95,6 +95,29 @@ def test_ratios_are_those_of_rounds():
     assert found["rollout_ratio_to_scan"] == 1.0 and found["rollout_ratio_to_scan_quartiles"] == [0.75, 1.5]
     assert found["update_speedup_over_torch"] == 3.0 and found["update_faster_torch"] == "d"  # 3/1, 20/10, 8/2
     assert benchmark.compared([ours, scan])["update_speedup_over_torch"] is None
+
+
+@pytest.mark.slow
+def test_sampling_of_text_to_image_models_is_checked_timed_and_drawn(tmp_path):
+    config = benchmark_text_to_image.Config(tmp_path / "out", batch=2, steps=2, repeats=1, pause=0.0, compiled=False)
+    metrics = benchmark_text_to_image.run(config)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    assert Image.open(tmp_path / "out" / "benchmark.png").width > 500
+    ours, scan, eager, compiled = metrics["sides"]
+    for row in (ours, *([eager] if TORCH else [])):
+        assert 0 < row["samples_error"] <= row["samples_tolerance"] < 0.02
+    assert scan["samples_error"] == 0 and compiled["rollout_seconds"] is None and compiled["reason"]
+    assert metrics["rollout_ratio_to_scan"] > 0 and (metrics["rollout_speedup_over_torch"] is not None) == TORCH
+    assert "the UNet alone takes" in benchmark_text_to_image.in_words(metrics)
+
+
+def test_latents_that_differ_by_more_than_rounding_are_refused():
+    side, exact = benchmark.Side("other"), np.asarray([1.0, -1.0])
+    benchmark_text_to_image.check(side, exact + 1e-3, exact, 2e-3)
+    assert side.errors["samples_error"] == pytest.approx(1e-3)
+    for wrong in (exact + 3e-3, exact + np.nan):
+        with pytest.raises(ValueError, match="other: latents are off by .*, more than the 2.0e-03 of rounding"):
+            benchmark_text_to_image.check(side, wrong, exact, 2e-3)
 
 
 def test_bad_sizes_are_refused():

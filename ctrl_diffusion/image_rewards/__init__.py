@@ -7,8 +7,8 @@
 Images are `[b, h, w, 3]` in [-1, 1]. Nothing here imports torch.
 """
 
+from ..chunks import in_chunks as in_chunks
 from .blip import BERTConfig as BERTConfig, BLIPConfig as BLIPConfig, ImageRewardNetwork as ImageRewardNetwork
-from .chunks import in_chunks as in_chunks
 from .clip import CLIP as CLIP, CLIPImages as CLIPImages
 from .config import (
     VIT_H_14 as VIT_H_14,

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from ..chunks import in_chunks
 from ..rewards import Reward, differentiable
 from ..stable_diffusion.folder import tokenize
 from .blip import ImageRewardNetwork
-from .chunks import in_chunks
 from .clip import CLIP, CLIPImages, unit
 from .linear import LinearLayers
 from .pixels import Images, Preprocess, check_images

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..chunks import in_chunks
 from ..process import DiffusionProcess, Params, State
 from .folder import StableDiffusion
 from .noising import Noising
@@ -69,12 +70,8 @@ class Decoder(eqx.Module):
     chunk: int = eqx.field(static=True)
 
     def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        @jax.checkpoint
-        def one(latents):
-            return nnx.merge(self.graphdef, self.params).to_images(latents[None])[0]
-
-        images = jax.lax.map(one, latents, batch_size=min(self.chunk, latents.shape[0]))
-        return jnp.clip(images, -1, 1)
+        vae = nnx.merge(self.graphdef, self.params)
+        return jnp.clip(in_chunks(vae.to_images, self.chunk)(latents), -1, 1)
 
 
 def decoder(vae: VAE, chunk: int = 8) -> Decoder:

@@ -14,6 +14,9 @@ def in_chunks(fn: Callable[..., Float[Array, "m *y"]], size: int) -> Callable[..
     Memory is that of one chunk, also for the gradient, for which each chunk is evaluated a second time. `fn` must treat rows
     independently. Every argument has the rows first, or is `None` or a tree of such; the remainder is a smaller chunk.
 
+    Of `n` chunks the first has the rows `0, n, 2 n, ...`: where the rows of a batch are divided over devices, every device has a part
+    of every chunk (of a `size` that their number divides).
+
     Example: decode and reward four latents at a time.
 
         score = in_chunks(lambda latents, ids: reward(vae.to_images(latents), ids), 4)
@@ -21,6 +24,9 @@ def in_chunks(fn: Callable[..., Float[Array, "m *y"]], size: int) -> Callable[..
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 (rows).")
+
+    def dealt(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1)
 
     def chunked(*arguments: Any) -> Float[Array, "b *y"]:
         lengths = {x.shape[0] for x in jax.tree.leaves(arguments)}
@@ -31,8 +37,8 @@ def in_chunks(fn: Callable[..., Float[Array, "m *y"]], size: int) -> Callable[..
         parts = []
         if whole:
             call = jax.checkpoint(lambda chunk: fn(*chunk), prevent_cse=False)  # a loop keeps its turns apart anyway
-            y = jax.lax.map(call, jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), arguments))
-            parts.append(y.reshape(whole, *y.shape[2:]))
+            y = jax.lax.map(call, jax.tree.map(lambda x: dealt(x[:whole]), arguments))
+            parts.append(jnp.swapaxes(y, 0, 1).reshape(whole, *y.shape[2:]))
         if whole < rows or not rows:
             parts.append(jax.checkpoint(fn)(*jax.tree.map(lambda x: x[whole:], arguments)))
         return jnp.concatenate(parts)
