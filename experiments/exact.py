@@ -8,10 +8,12 @@ Budgets are fixed beforehand and stated in evaluations. A run that was stopped c
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
 import os
+import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -141,22 +143,46 @@ def _solved(todo: list[Unit], workers: int, layout: Layout, results: Results) ->
         for unit in todo:
             yield _solve(unit, results, layout)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, max_tasks_per_child=24, initializer=_end_with_parent
-    )
-    with pool:
-        pending = [pool.submit(_solve_all, group, results) for group in reversed(groups)]  # the longest are last of the list
+    free: queue.SimpleQueue[concurrent.futures.Executor] = queue.SimpleQueue()
+
+    def solve_group(group: list[Unit]) -> list[tuple[str, float | None]]:
+        worker = free.get()
+        try:
+            return worker.submit(_solve_all, group, results).result()
+        finally:
+            free.put(worker)
+
+    with contextlib.ExitStack() as stack:
+        for cores in shares(workers):
+            worker = concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cores,), max_tasks_per_child=24
+            )
+            free.put(stack.enter_context(worker))
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
+        pending = [threads.submit(solve_group, group) for group in reversed(groups)]  # the longest are last of the list
         try:
             for future in concurrent.futures.as_completed(pending):
                 yield from future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
             raise
 
 
-def _end_with_parent() -> None:
-    """A run that is killed leaves no worker behind."""
+def shares(workers: int) -> list[set[int]]:
+    """The cores that this process may use, dealt out: on shared ones workers wait for each other's threads.
+
+    Every worker has all of them where there are fewer cores than workers, and where processes cannot be told which to use.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [set()] * workers
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[i::workers] if len(cores) >= workers else cores) for i in range(workers)]
+
+
+def _start_worker(cores: set[int]) -> None:
+    """Keep to these cores, if any are named; end with the parent, so that a run that is killed leaves no worker behind."""
+    if cores:
+        os.sched_setaffinity(0, cores)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

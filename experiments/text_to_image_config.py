@@ -99,7 +99,7 @@ class Config:
     average: float | None = None
     """Decay per update of a running average of the parameters, which is then evaluated and saved (default: none)."""
     decode_chunk: int = 8
-    """Images that are decoded and judged together."""
+    """Images that are decoded and judged together, of all devices: a multiple of their number keeps all of them busy."""
     evaluation_samples: int = 32
     """Images of each evaluation, of the training prompts and of those held out: at least two of each, of as many prompts as that leaves."""
     evaluate_every: int = 10

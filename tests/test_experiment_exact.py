@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -189,15 +191,28 @@ def test_what_the_grid_bounds():
 
 WORKERS = """
 import concurrent.futures, multiprocessing, os, time
-from experiments.exact import _end_with_parent
+from experiments.exact import _start_worker
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(set(),))
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)
 """
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {7, 1, 3, 5, 9}, raising=False)
+    assert leaderboard.shares(2) == [{1, 5, 9}, {3, 7}]
+    assert leaderboard.shares(6) == [{1, 3, 5, 7, 9}] * 6
+    kept: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: kept.append(cores), raising=False)
+    parent = SimpleNamespace(join=threading.Event().wait)  # lives for ever
+    monkeypatch.setattr(leaderboard.multiprocessing, "parent_process", lambda: parent)
+    for cores in ({3, 7}, set()):
+        leaderboard._start_worker(cores)
+    assert kept == [{3, 7}]
 
 
 def test_a_killed_run_leaves_no_worker(tmp_path):
