@@ -36,17 +36,18 @@ class Unrolled(dfx.AbstractStratonovichSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         (drift, diffusion), tableau, h = terms.terms, self.solver.tableau, t1 - t0
         increment = diffusion.contr(t0, t1, use_levy=True)
-        if len(tableau.c) > 1:
+        times = [t0, *(t1 if c == 1 else t0 + float(c) * h for c in tableau.c)]
+        ignored = getattr(tableau, "ignore_stage_f", None)
+        evaluated = [ignored is None or not ignored[j] for j in range(len(times))]
+        if sum(evaluated) > 2:
             increment = drawn_once(increment, t0 < t1)
         normals = (increment.W, getattr(increment, "H", None))
-        times = [t0, *(t1 if c == 1 else t0 + float(c) * h for c in tableau.c)]
         rows = ((), *(tableau.a_lower if isinstance(self.solver, dfx.AbstractERK) else tableau.a))
-        ignored = getattr(tableau, "ignore_stage_f", None)
         stages, step = noise_coefficients(tableau, lambda t: diffusion.vf(t, y0, args), times, t1)
         slopes: list[Any] = []
         for j, (t, noise) in enumerate(zip(times, stages)):
             y = y0 + h * combine(rows[j], slopes) + combine(noise, normals)
-            slopes.append(None if ignored is not None and ignored[j] else drift.vf(t, y, args))
+            slopes.append(drift.vf(t, y, args) if evaluated[j] else None)
         y1 = y0 + h * combine(tableau.b_sol, slopes) + combine(step, normals)
         return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
 

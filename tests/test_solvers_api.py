@@ -256,7 +256,7 @@ def test_unrolled_stages_are_those_of_diffrax(solver, float64):
     np.testing.assert_allclose(integrate(term, solver, GRID, start(), NO_ARGS), whole.ys[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("solver", "handed_on"), [(dfx.SPaRK(), True), (dfx.ShARK(), False)], ids=label)
+@pytest.mark.parametrize(("solver", "handed_on"), [(dfx.SPaRK(), True), (dfx.ShARK(), False), (dfx.SlowRK(), False)], ids=label)
 def test_the_noise_of_many_stages_is_drawn_once(solver, handed_on):
     """On a CPU what three stages share is computed before them, which the compiler would otherwise compute again for each."""
 
