@@ -231,7 +231,7 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     missing.unlink()
     stubs = {name: p._replace(make=lambda *_, name=name: made.append(name)) for name, p in PROBLEMS.items()}
     monkeypatch.setattr(value_networks, "PROBLEMS", stubs)
-    monkeypatch.setattr(value_networks, "learn", lambda case, variant, budget: again.append(variant.name) or result)
+    monkeypatch.setattr(value_networks, "learn", lambda case, variant, budget, layout: again.append(variant.name) or result)
     assert value_networks.main(args) == 0
     assert (made, again) == (["ring_linear"], ["lookahead"])
     assert json.loads((out / "metrics.json").read_text())["results"] == results

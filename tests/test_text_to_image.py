@@ -33,7 +33,7 @@ SMALL = dict(
 
 def pale(images, prompts):
     """A reward of one's own; it fails where the environment says so."""
-    if os.environ.get("FAIL_FROM_NOW_ON") == "1" and len(CALLS) >= 3:
+    if os.environ.get("FAIL_FROM_NOW_ON") == "1" and len(CALLS) >= 1:  # after the first iteration
         raise RuntimeError("the judge is out")
     CALLS.append(prompts)
     assert images.shape[1:] == (32, 32, 3) and all(isinstance(prompt, str) for prompt in prompts)
