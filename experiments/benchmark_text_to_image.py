@@ -182,9 +182,9 @@ def torch_sides(config: Config, task: Task, folder: Path) -> tuple[list[Side], d
         for side in sides:
             side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[bench]'" if missing else str(error)
         return sides, {"torch": None, "torch_threads": None}
-    arguments = (folder / "unet", task.chain, task.start, task.noise, config.guidance, config.precision, device)
-    eager = other.guided_sampling(*arguments)
-    sides[0].sample = eager
+    unet = other.load_as(folder / "unet", config.precision, device)
+    arguments = (unet, task.chain, task.start, task.noise, config.guidance)
+    sides[0].sample = other.guided_sampling(*arguments)
     if not config.compiled:
         sides[1].reason = "not asked for (--no-compiled)"
         return sides, other.versions()

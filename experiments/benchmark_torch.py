@@ -152,21 +152,18 @@ class Rival:
         return loss.item(), nnx.state(load_network(UNet, folder))
 
 
+def load_as(folder: Path, precision: str, device: torch.device) -> UNet2DConditionModel:
+    """The network of a folder, computing in this precision."""
+    unet: Any = load(folder, device)
+    return unet if precision == "float32" else unet.to(getattr(torch, precision))
+
+
 def guided_sampling(
-    folder: Path,
-    chain: Any,
-    start: Any,
-    noise: Any,
-    guidance: float,
-    precision: str,
-    device: torch.device,
-    compiled: bool = False,
+    unet: UNet2DConditionModel, chain: Any, start: Any, noise: Any, guidance: float, compiled: bool = False
 ) -> Callable[[], np.ndarray]:
-    """`call()`: final latents `[b, h, w, c]` of the `Chain` of `experiments.benchmark_text_to_image`, by the UNet of a folder."""
-    dtype = getattr(torch, precision)
-    unet = load(folder, device)
-    unet = unet if dtype == torch.float32 else unet.to(dtype)
-    predict = torch.compile(unet, dynamic=False) if compiled else unet
+    """`call()`: final latents `[b, h, w, c]` of the `Chain` of `experiments.benchmark_text_to_image`."""
+    dtype, device = unet.dtype, unet.device
+    predict: Any = torch.compile(unet, dynamic=False) if compiled else unet
 
     def put(v: Any, image: bool = False) -> torch.Tensor:
         array = np.array(v)

@@ -78,6 +78,8 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
                 raise
             return row | {"peak_bytes": None, "refused": f"{name}: {str(error).splitlines()[0]}"}
         seconds = time.perf_counter() - begin
+        if seconds > 20:
+            print(f"  {name}: {seconds:.0f} s")
         calls = case.updates if name in PER_UPDATE else 1
         programs[name] = {"calls": calls, "compile_seconds": seconds} | _one_run(compiled, where)
     _add_peaks(programs, sum(held.values()))
