@@ -1,0 +1,54 @@
+"""Attention some queries at a time is attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctrl_diffusion.stable_diffusion import chunked_attention
+
+
+def arrays(n=10, m=7):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, length, 3, 4)) for key, length in zip(keys, (n, m, m)))
+    return q, k, v, jax.random.bernoulli(keys[3], 0.7, (2, 1, 1, m)).at[..., 0].set(True)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 10, 11])
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunks_of_queries_change_nothing(size, masked):
+    q, k, v, mask = arrays()
+    options = {"mask": mask} if masked else {}
+
+    def total(attention):
+        return lambda *qkv: jnp.sum(jnp.sin(attention(*qkv, **options)))
+
+    whole, chunked = jax.nn.dot_product_attention, chunked_attention(size)
+    np.testing.assert_allclose(chunked(q, k, v, **options), whole(q, k, v, **options), rtol=1e-5, atol=1e-6)
+    for a, b in zip(*(jax.grad(total(f), argnums=(0, 1, 2))(q, k, v) for f in (chunked, whole))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_attention_is_left_whole():
+    q, k, v, _ = arrays(m=10)
+    np.testing.assert_array_equal(
+        chunked_attention(2)(q, k, v, is_causal=True), jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    )
+
+
+def test_memory_is_that_of_a_chunk():
+    """Of the matrix `[heads, n, n]` in temporary memory, whole: all of it at least; in small chunks: less than half."""
+    n, heads = 512, 4
+    shape = jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32)
+
+    def temporary(attention):
+        gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2)))
+        return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes / (4 * heads * n * n)
+
+    assert temporary(jax.nn.dot_product_attention) >= 1
+    assert temporary(chunked_attention(n // 32)) < 0.5
+
+
+def test_a_chunk_has_queries():
+    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+        chunked_attention(0)
