@@ -136,19 +136,26 @@ def jax_sides(task: Task, c: Coefficients, reference) -> list[Side]:
     return [ours, scan]
 
 
-def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: Path) -> tuple[list[Side], dict[str, Any]]:
-    """PyTorch, eager and compiled, checked; or why not. And its version and threads."""
-    sides, about = [Side(EAGER), Side(COMPILED)], {"torch": None, "torch_threads": None}
+def torch_module(asked: bool, sides: list[Side]) -> tuple[Any, Any]:
+    """The module of PyTorch's sides and the device, or `None` twice, and the sides know why."""
     try:
-        if not config.torch:
+        if not asked:
             raise ValueError("not asked for (--no-torch)")
         from . import benchmark_torch as other
 
-        device = other.choose_device(jax.default_backend())
+        return other, other.choose_device(jax.default_backend())
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ImportError)
         for side in sides:
             side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[bench]'" if missing else str(error)
+        return None, None
+
+
+def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: Path) -> tuple[list[Side], dict[str, Any]]:
+    """PyTorch, eager and compiled, checked; or why not. And its version and threads."""
+    sides, about = [Side(EAGER), Side(COMPILED)], {"torch": None, "torch_threads": None}
+    other, device = torch_module(config.torch, sides)
+    if other is None:
         return sides, about
     other.set_precision(False)
     for name, params in (("behaviour", task.behaviour), ("learner", task.params)):

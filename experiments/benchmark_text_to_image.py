@@ -26,7 +26,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.solvers import standard_normal
 
-from .benchmark import COMPILED, EAGER, OURS, SCAN, Side, compared, interleaved, rows_of, summary
+from .benchmark import COMPILED, EAGER, OURS, SCAN, Side, compared, interleaved, rows_of, summary, torch_module
 from .benchmark_figure import write_figure
 from .commandline import execute, require_at_least
 from .files import write_atomic
@@ -171,16 +171,8 @@ def check(side: Side, latents, exact: np.ndarray, tolerance: float) -> None:
 def torch_sides(config: Config, task: Task, folder: Path) -> tuple[list[Side], dict[str, Any]]:
     """PyTorch, eager and compiled, or why not; its version and threads."""
     sides = [Side(EAGER), Side(COMPILED)]
-    try:
-        if not config.torch:
-            raise ValueError("not asked for (--no-torch)")
-        from . import benchmark_torch as other
-
-        device = other.choose_device(jax.default_backend())
-    except (ImportError, ValueError) as error:
-        missing = isinstance(error, ImportError)
-        for side in sides:
-            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[bench]'" if missing else str(error)
+    other, device = torch_module(config.torch, sides)
+    if other is None:
         return sides, {"torch": None, "torch_threads": None}
     unet = other.load_as(folder / "unet", config.precision, device)
     arguments = (unet, task.chain, task.start, task.noise, config.guidance)
