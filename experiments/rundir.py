@@ -205,7 +205,7 @@ class Checkpoints:
             yield
         except Exception as error:  # those of the background come as many types
             raise OSError(
-                f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).splitlines()[0]}). Is the disk "
+                f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Is the disk "
                 "full? Make room and repeat the command: it goes on from the checkpoint before."
             ) from error
 
