@@ -86,16 +86,16 @@ class Config:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], Any]], repeats: int, pause: float = 0.0, name: str = "timing"
+    calls: Sequence[Callable[[], Any]], repeats: int, pause: float = 0.0, name: str = "timing", warmup: int = 2
 ) -> list[list[float]]:
-    """Seconds of each call, in turn, after two rounds to warm up; JAX's results are waited for."""
+    """Seconds of each call, in turn, after `warmup` rounds; JAX's results are waited for."""
     times: list[list[float]] = [[] for _ in calls]
-    for i in tqdm(range(repeats + 2), desc=name, unit="round"):
+    for i in tqdm(range(repeats + warmup), desc=name, unit="round"):
         for call, found in zip(calls, times):
             time.sleep(pause)
             begin = time.perf_counter()
             jax.block_until_ready(call())
-            if i >= 2:
+            if i >= warmup:
                 found.append(time.perf_counter() - begin)
     return times
 

@@ -104,8 +104,15 @@ def trivial_problem(batch: int) -> Problem:
     return Problem(lambda p, x, t: p * x, jnp.asarray(0.3), batch, (2,))
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def starts(key, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """The batch of states that a solve starts from, and the key of each one's noise."""
+    keys = jax.vmap(jax.random.split)(sample_keys(key, problem.batch))
+    return cd.DiffusionProcess(SCHEDULE).initial(keys[:, 0], problem.shape), keys[:, 1]
+
+
 def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, called: Callable | None = None) -> Callable:
-    """`run(params, keys)`: final states by this library; `called` is told of every network evaluation."""
+    """`run(params, x0, keys)`: final states by this library; `called` is told of every network evaluation."""
     process = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen)
     grid = process.grid(steps)
 
@@ -114,21 +121,19 @@ def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, call
             jax.debug.callback(called)
         return V.to_score(SCHEDULE, process.tau(t), x, problem.predict(params, x, t))
 
-    def run(params, keys):
-        keys = jax.vmap(jax.random.split)(keys)
-        x0 = process.initial(keys[:, 0], problem.shape)
+    def run(params, x0, keys):
         if case.kind == ADAPTIVE:
             path = None
             solver = case.make(None, steps)
             if case.eta > 0:
-                path = brownian_tree(solver, process.t0, process.t1, keys[0, 1], x0)
+                path = brownian_tree(solver, process.t0, process.t1, keys[0], x0)
             term = process.term(control, path)
             return integrate_adaptive(term, solver, process.t0, process.t1, x0, (params, None), rtol=1e-2, atol=1e-2).x
         path = None
         if case.draws:
             solver = case.make(None, steps)
             ts = jnp.asarray(grid, x0.dtype)
-            path = KeyedPath(ts=ts, keys=keys[:, 1], shape=problem.shape, levy_area=levy_area_for(solver))
+            path = KeyedPath(ts=ts, keys=keys, shape=problem.shape, levy_area=levy_area_for(solver))
         term = DiffusionTerm(process, control, path if case.eta > 0 else None)
         adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=steps) if gradient else None
         return integrate(term, case.make(path, steps), grid, x0, (params, None), adjoint=adjoint)
@@ -147,7 +152,7 @@ def hand_written(
     noise_first: bool = False,
     remat: bool = False,
 ) -> Callable:
-    """One scan with precomputed coefficients: `steps` steps of `stages` network calls and `draws` noise draws each.
+    """`run(params, x0, keys)`: `steps` steps of one scan, each of `stages` network calls and `draws` noise draws; precomputed weights.
 
     A stage denoises the state of the last one, and mixes the state at the start of the step, the controls of the stages, those of
     the last `memory` steps and the noise. With `corrects` the state at the start is first mixed anew from the last step's; with
@@ -165,15 +170,13 @@ def hand_written(
     tau = SCHEDULE.horizon - times
     rows = (jnp.arange(steps), times, SCHEDULE.alpha(tau), SCHEDULE.sigma(tau), keep, gain, std)
 
-    def run(params, keys):
-        keys = jax.vmap(jax.random.split)(keys)
-        x = sigma[0] * standard_normal(keys[:, 0], 0, problem.shape, jnp.float32)
+    def run(params, x, keys):
         for _ in range(extra):
             x = x + 1e-3 * problem.predict(params, x, ts[0])
 
         def step(carry, row):
             (x, base, past), (i, t, a, s, keep, gain, std) = carry, row
-            noise = [standard_normal(keys[:, 1], 2 * i + j, problem.shape, x.dtype) for j in range(draws)]
+            noise = [standard_normal(keys, 2 * i + j, problem.shape, x.dtype) for j in range(draws)]
             y, controls = x, []
             if noise_first:
                 y = y + sum(0.5 * std * normal for normal in noise)
@@ -205,10 +208,9 @@ def scanned(case: Case, problem: Problem, steps: int, remat: bool = False) -> Ca
     def control(params, t, x, cond):
         return V.to_score(SCHEDULE, process.tau(t), x, problem.predict(params, x, t))
 
-    def run(params, keys):
-        keys = jax.vmap(jax.random.split)(keys)
-        x, ts = process.initial(keys[:, 0], problem.shape), jnp.asarray(grid, jnp.float32)
-        path = KeyedPath(ts=ts, keys=keys[:, 1], shape=problem.shape, levy_area=levy_area_for(case.make(None, steps)))
+    def run(params, x, keys):
+        ts = jnp.asarray(grid, jnp.float32)
+        path = KeyedPath(ts=ts, keys=keys, shape=problem.shape, levy_area=levy_area_for(case.make(None, steps)))
         solver = case.make(path, steps)
         term = terms_for(solver, DiffusionTerm(process, control, path if case.eta > 0 else None))
 
@@ -223,22 +225,21 @@ def scanned(case: Case, problem: Problem, steps: int, remat: bool = False) -> Ca
     return run
 
 
-def count(case: Case, problem: Problem, keys, steps: int) -> int:
+def count(case: Case, problem: Problem, steps: int) -> int:
     """Network evaluations of one solve; those inside a Jacobian count once."""
     calls: list[None] = []
-    jax.block_until_ready(jax.jit(solve(case, problem, steps, called=lambda: calls.append(None)))(problem.params, keys))
+    run = jax.jit(solve(case, problem, steps, called=lambda: calls.append(None)))
+    jax.block_until_ready(run(problem.params, *starts(jax.random.key(0), problem)))
     jax.effects_barrier()
     return len(calls)
 
 
 def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False) -> tuple[Callable, Callable]:
     """The library's solve and the hand-written scan at equal network evaluations, compiled on their first call."""
-    keys = sample_keys(jax.random.key(0), problem.batch)
     steps = scan_steps = max(evaluations // (case.stages or 6), 1)
-    if case.stages and not (case.kind == ODE and case.name.startswith("diffrax")):
-        stages, extra = case.stages, 0
-    else:  # first-same-as-last and data-dependent counts
-        stages, extra = divmod(count(case, problem, keys, steps), steps)
+    stages, extra = case.stages, case.extra
+    if not stages:  # counts that depend on the data
+        stages, extra = divmod(count(case, problem, steps), steps)
         if case.kind == ADAPTIVE:
             stages, extra, scan_steps = 1, 0, stages * steps + extra
     ours = solve(case, problem, steps, gradient)
@@ -246,11 +247,12 @@ def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False
     draws = min(case.draws, 1) if case.kind == ADAPTIVE else case.draws
     shape = (scan_steps, stages, draws, extra, case.memory, case.corrects, case.noise_first)
     first, second = _compiled(ours, gradient), _compiled_scan(problem, shape, gradient)
-    return lambda: first(problem.params, keys), lambda: second(problem.params, keys)
+    args = problem.params, *starts(jax.random.key(0), problem)
+    return lambda: first(*args), lambda: second(*args)
 
 
 def _compiled(run: Callable, gradient: bool) -> Callable:
-    return jax.jit(jax.grad(lambda p, k: jnp.sum(run(p, k) ** 2)) if gradient else run)
+    return jax.jit(jax.grad(lambda *args: jnp.sum(run(*args) ** 2)) if gradient else run)
 
 
 @functools.cache
@@ -261,17 +263,21 @@ def _compiled_scan(problem: Problem, shape: tuple[Any, ...], gradient: bool) -> 
 
 def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The median over pairs of the time of the library's solve divided by that of the scan."""
-    times = interleaved(sides(case, problem, evaluations, gradient), repeats)
+    return median_ratio(sides(case, problem, evaluations, gradient), repeats)
+
+
+def median_ratio(calls: tuple[Callable, Callable], repeats: int, warmup: int = 2) -> float:
+    """The median over pairs of the first call's time divided by the second's."""
+    times = interleaved(calls, repeats, warmup=warmup)
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 
 def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The same against `scanned`: what the loop costs, whatever the step does."""
-    keys, steps = sample_keys(jax.random.key(0), problem.batch), max(evaluations // case.stages, 1)
+    args, steps = (problem.params, *starts(jax.random.key(0), problem)), max(evaluations // case.stages, 1)
     runs = solve(case, problem, steps, gradient), scanned(case, problem, steps, gradient)
     first, second = (_compiled(run, gradient) for run in runs)
-    times = interleaved([lambda: first(problem.params, keys), lambda: second(problem.params, keys)], repeats)
-    return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
+    return median_ratio((lambda: first(*args), lambda: second(*args)), repeats)
 
 
 @functools.cache
@@ -282,14 +288,12 @@ def small(problem: Problem) -> Problem:
 
 def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int, int]:
     """Bytes of temporary memory of the two compiled gradients, by the compiler's own account."""
-    keys = sample_keys(jax.random.key(0), problem.batch)
-    steps = max(evaluations // case.stages, 1)
+    args, steps = (problem.params, *starts(jax.random.key(0), problem)), max(evaluations // case.stages, 1)
     scan = hand_written(problem, steps, case.stages, case.draws, 0, case.memory, case.corrects, case.noise_first, remat=True)
     runs = solve(case, problem, steps, True), scan
     found = []
     for run in runs:
-        compiled = jax.jit(jax.grad(lambda p, k, run=run: jnp.sum(run(p, k) ** 2))).lower(problem.params, keys).compile()
-        analysis = compiled.memory_analysis()
+        analysis = _compiled(run, True).lower(*args).compile().memory_analysis()
         if analysis is None:
             raise ValueError("this backend gives no account of memory: pass memory=False.")
         found.append(int(analysis.temp_size_in_bytes))

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from .solver_problems import (
     weak_errors,
 )
 
-PAIR = 2  # solvers whose errors are computed at the same time
+PAIR = 2  # solvers that are compiled, and whose errors are computed, at the same time
 FLOOR = 1e-11  # errors below are rounding: the reference's and the solver's
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -68,7 +69,7 @@ class Config:
     ratio_batch: int = 128
     """Batch of the timed solves."""
     repeats: int = 5
-    """Timed pairs for `ratio_to_scan`, after two warm-up pairs."""
+    """Timed pairs for `ratio_to_scan`, after a warm-up pair."""
 
 
 def rms(error) -> float:
@@ -165,21 +166,30 @@ def curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
         return CURVES[case.kind](case, config)
 
 
-def measure(case: Case, config: Config, evaluations: list[int], errors: list[float]) -> dict[str, Any]:
-    """One entry of `metrics.json`, with the ratio, which must be timed alone."""
+def to_time(case: Case, config: Config) -> tuple[Callable, Callable]:
+    """The two solves of `ratio_to_scan`, compiled, and run once."""
     if case.kind == IMPLICIT:
         problem = solver_cost.small(solver_cost.trivial_problem(config.ratio_batch))
     else:
         problem = solver_cost.digits_problem(config.ratio_batch, 256, 3)
-    repeats = config.repeats if case.kind in (ODE, SDE) else min(config.repeats, 2)  # slow, and without a target
+    calls = solver_cost.sides(case, problem, config.ratio_evaluations)
+    jax.block_until_ready([call() for call in calls])
+    return calls
+
+
+def measure(
+    case: Case, config: Config, found: tuple[list[int], list[float]], calls: tuple[Callable, Callable]
+) -> dict[str, Any]:
+    """One entry of `metrics.json`, with the ratio, which must be timed alone."""
+    repeats, warmup = (config.repeats, 1) if case.kind in (ODE, SDE) else (min(config.repeats, 2), 0)  # slow, without a target
     return dict(
         name=case.name,
         kind=case.kind,
         declared_order=case.order,
-        measured_order=measured_order(evaluations, errors),
-        ratio_to_scan=solver_cost.ratio(case, problem, config.ratio_evaluations, repeats),
-        evaluations=evaluations,
-        errors=errors,
+        measured_order=measured_order(*found),
+        ratio_to_scan=solver_cost.median_ratio(calls, repeats, warmup),
+        evaluations=found[0],
+        errors=found[1],
     )
 
 
@@ -235,9 +245,9 @@ def run(config: Config) -> list[dict[str, Any]]:
     with concurrent.futures.ThreadPoolExecutor(PAIR) as pool, tqdm(total=len(todo), desc="solvers") as bar:
         for i in range(0, len(todo), PAIR):  # mostly compilation, two at a time
             pair = todo[i : i + PAIR]
-            curves = list(pool.map(lambda case: curve(case, config), pair))
-            for case, found in zip(pair, curves):
-                rows.append(measure(case, config, *found))
+            prepared = list(pool.map(lambda case: (curve(case, config), to_time(case, config)), pair))
+            for case, (found, calls) in zip(pair, prepared):
+                rows.append(measure(case, config, found, calls))
                 write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
                 bar.update()
     write_atomic(config.out / "table.md", table(rows))
