@@ -13,7 +13,7 @@ from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from .random_model import SIZES
 from .text_to_image_config import Config, price, read_prompts
-from .text_to_image_parts import Parts, make_algorithm, make_sampler
+from .text_to_image_parts import Parts, make_algorithm, make_sampler, network_options
 
 
 def planned_config(given: dict[str, Any]) -> Config:
@@ -27,8 +27,7 @@ def planned_config(given: dict[str, Any]) -> Config:
 def abstract_parts(config: Config, size: str = "sd15") -> Parts:
     """What `load_parts` gives, in shapes: a random model's descriptions, LoRA, contexts; the reward is a black box on the host."""
     networks = SIZES[size]
-    dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    options: dict[str, Any] = dict(dtype=config.precision, param_dtype=dtype, remat=config.remat)
+    options = network_options(config)
     unet = sd.abstract_network(lambda rngs: sd.UNet(networks.unet, **options, rngs=rngs))
     vae = sd.abstract_network(lambda rngs: sd.VAE(networks.vae, **options, rngs=rngs))
     if config.train == "lora":

@@ -66,6 +66,8 @@ class Config:
     """Of frozen parameters and of computation; latents, likelihoods, KL and LoRA are float32."""
     remat: bool = False
     """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
+    attention_chunk: int | None = None
+    """Pixels that attend to all others at a time (default: all): less memory, where the device has no flash attention."""
     iterations: int = 10
     """Fine-tuning iterations: sample, evaluate, update."""
     batch: int = 16
@@ -147,6 +149,7 @@ def check(config: Config) -> None:
         "checkpoint_every",
         "iterations",
     )
+    require_at_least(1, attention_chunk=config.attention_chunk)
     require_at_least(1, **{name: getattr(config, name) for name in numbers})
     if config.batch % (config.samples_per_prompt * config.rollouts):
         raise ValueError(

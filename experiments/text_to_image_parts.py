@@ -64,10 +64,7 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     def place(name: str, shape: tuple[int, ...]):
         return None if layout.mesh is None else layout.parameters(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    model = sd.load_folder(
-        folder, dtype=config.precision, param_dtype=dtype, remat=config.remat, cast=True, sharding=place
-    )  # fmt: skip
+    model = sd.load_folder(folder, **network_options(config), cast=True, sharding=place)
     if config.train == "lora":
         sd.add_lora(
             model.unet, config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets, rngs=nnx.Rngs(config.seed)
@@ -82,6 +79,15 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     return Parts(
         model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts[:-1], contexts[-1], decode, reward
     )
+
+
+def network_options(config: Config) -> dict[str, Any]:
+    """How the networks compute, as keyword arguments of them all."""
+    dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
+    found: dict[str, Any] = dict(dtype=config.precision, param_dtype=dtype, remat=config.remat)
+    if config.attention_chunk is not None:
+        found["attention"] = sd.chunked_attention(config.attention_chunk)
+    return found
 
 
 def make_sampler(config: Config, parts: Parts, *, steps: int, eta: float, solver: str = "ExponentialEuler") -> cd.Sampler:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import equinox as eqx
@@ -223,6 +224,23 @@ def test_decoding_in_chunks(tiny):
         np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
+def test_attention_in_chunks(tiny):
+    """The same score, in which no more than 16 of the 64 pixels attend at a time."""
+    x, prompt, found = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.asarray([0, 1]), []
+    for chunk, rows in ((None, 64), (16, 16)):
+        config = dataclasses.replace(tiny, attention_chunk=chunk)
+        parts = load_parts(config, ONE_DEVICE)
+        sampler = make_sampler(config, parts, steps=4, eta=1.0)
+
+        def score(params, control, t=sampler.ts[1]):
+            return control(params, t, x, prompt)
+
+        shapes = re.findall(r"f32\[([\d,]+)\] = exp ", str(jax.make_jaxpr(score)(parts.params, sampler.control)))
+        assert max(int(shape.split(",")[-2]) for shape in shapes if shape.endswith(",64")) == rows
+        found.append(jax.jit(score)(parts.params, sampler.control))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_prompts_are_drawn_in_groups():
     law = sd.drawn_prompts(7, 3)
     drawn = np.asarray(law(jax.random.key(0), 12)).reshape(4, 3)
@@ -255,6 +273,7 @@ def test_diversity_within_prompts():
         (dict(held_out_prompts=Path("none.txt")), "none.txt is not a file"),
         (dict(reward=("aesthetic",)), "needs its files in rewards"),
         (dict(reward=("jpeg_compressibility",), algorithm="draft"), "is a black box"),
+        (dict(attention_chunk=0), "attention_chunk=0 must be at least 1"),
         (dict(size=44), "must be a multiple of 8 pixels"),
         (dict(reward=("tests.nothing:here",)), "cannot be imported"),
     ],
