@@ -7,16 +7,16 @@ reads `config.json`, `metrics.json`, `history.jsonl` and `samples.npz` and write
 """
 
 import argparse
-import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from .figures import Panel, class_panel, curve_panels, diagnostic_panels, figure, png, sample_panels
 from .files import write_atomic
-from .glossary import GLOSSARY, STYLE
+from .glossary import GLOSSARY
 from .narrative import HELD_OUT, commands, goal, headline, introduction, meanings, warnings
 from .results import Run, load_run, quantity
+from .web_page import image, page, settings
 
 
 def write_report(directory: Path) -> Path:
@@ -33,7 +33,7 @@ def write_report(directory: Path) -> Path:
     if classes:
         write_atomic(run.directory / "classes.png", png(figure([classes], 7.5, 3.7)))
     report = run.directory / "report.html"
-    write_atomic(report, page(run, grids, curves, classes))
+    write_atomic(report, _page(run, grids, curves, classes))
     return report
 
 
@@ -41,8 +41,7 @@ def pictures(panels: Sequence[Panel], caption: str, width: float = 4.3, height: 
     """The panels as separate embedded images that sit side by side where there is room."""
     images = ""
     for panel in panels:
-        data = base64.b64encode(png(figure([panel], width, height))).decode()
-        images += f'<img alt="{escape(panel.alt)}" src="data:image/png;base64,{data}">\n'
+        images += image(png(figure([panel], width, height)), panel.alt) + "\n"
     return f'<figure><div class="panels">\n{images}</div><figcaption>{caption}</figcaption></figure>'
 
 
@@ -65,22 +64,17 @@ def metrics_table(run: Run) -> str:
     return f"<table>{head}\n{rows}</table>"
 
 
-def page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Panel | None) -> str:
-    """The whole page, with nothing outside it: style and images are embedded."""
-    title = escape(f"Fine-tuning a diffusion model for {goal(run)}")
+def _page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Panel | None) -> str:
+    title = f"Fine-tuning a diffusion model for {goal(run)}"
     notes = "".join(f'<aside role="note"><strong>{escape(t)}</strong> {escape(text)}</aside>\n' for t, text in warnings(run))
     terms = "".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>{escape(text)}</dd></div>\n"
         for name, value, text in meanings(run)
     )
     again, redraw, load = map(escape, commands(run))
-    settings = "".join(
-        f"<tr><td><code>{escape(str(name))}</code></td><td>{escape(str(value))}</td></tr>\n"
-        for name, value in run.config.items()
-    )
     optimum = "; at the optimum: samples of the reference, drawn again with weights exp(reward / λ)" if len(grids) > 2 else ""
     parts = [
-        f"<h1>{title}</h1>\n<p class=lead>{escape(headline(run))}</p>\n{notes}",
+        f"<h1>{escape(title)}</h1>\n<p class=lead>{escape(headline(run))}</p>\n{notes}",
         "<h2>What was done</h2>\n" + "".join(f"<p>{escape(text)}</p>\n" for text in introduction(run)),
         f"<h2>What came out</h2>\n<dl>\n{terms}</dl>",
         "<h2>Samples</h2>\n"
@@ -110,7 +104,7 @@ def page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Pan
     if diagnostics:
         text = "How the training itself went: loss of pre-training, how well the value network predicts, size of each update."
         parts.append(f"<details><summary>Diagnostics</summary>\n{pictures(diagnostics, text)}</details>")
-    parts.append(f"<details><summary>Settings</summary>\n<table>{settings}</table></details>")
+    parts.append(settings(run.config))
     parts.append(
         "<h2>Use it, repeat it</h2>\n"
         f"<p>Draw 16 images from the fine-tuned model:</p>\n<pre><code>{load}</code></pre>\n"
@@ -118,12 +112,7 @@ def page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Pan
         f"<code>--out</code> starts afresh:</p>\n<pre><code>{again}</code></pre>\n"
         f"<p>Draw this report again:</p>\n<pre><code>{redraw}</code></pre>"
     )
-    body = "\n".join(f"<section>{part}</section>" for part in parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return page(title, parts)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # those of the background come as many types
+            free = shutil.disk_usage(self.path).free / 2**20
             raise OSError(
-                f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Is the disk "
-                "full? Make room and repeat the command: it goes on from the checkpoint before."
+                f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}). {free:.0f} "
+                "MiB are free there: if that is too little, make room. The same command goes on from the checkpoint before."
             ) from error
 
 

@@ -251,7 +251,7 @@ def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False
     return lambda: first(*args), lambda: second(*args)
 
 
-def _compiled(run: Callable, gradient: bool) -> Callable:
+def _compiled(run: Callable, gradient: bool) -> jax.stages.Wrapped:
     return jax.jit(jax.grad(lambda *args: jnp.sum(run(*args) ** 2)) if gradient else run)
 
 

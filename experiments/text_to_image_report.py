@@ -6,7 +6,6 @@ reads `config.json`, `metrics.json`, `history.jsonl` and `images.npz` and writes
 """
 
 import argparse
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from PIL import Image
 
 from .figures import AFTER, BEFORE, FONT, Panel, figure, mosaic, png, series
 from .files import write_atomic
-from .glossary import STYLE
+from .web_page import image, page, settings
 
 GALLERY_STYLE = """
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
@@ -44,9 +43,9 @@ def write_gallery(directory: Path) -> Path:
         images = {name: file[name] for name in file.files}
     write_atomic(directory / "samples.png", png(figure(_grids(images), 4.2, 4.4)))
     write_atomic(directory / "curves.png", png(figure(_curves(history, metrics))))
-    page = directory / "gallery.html"
-    write_atomic(page, _page(config, metrics, images, history))
-    return page
+    gallery = directory / "gallery.html"
+    write_atomic(gallery, _page(config, metrics, images, history))
+    return gallery
 
 
 def _grids(images: Mapping[str, np.ndarray]) -> list[Panel]:
@@ -103,7 +102,7 @@ def _curves(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) ->
 def _image(array: np.ndarray, alt: str) -> str:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return image(file.getvalue(), alt)
 
 
 def _pairs(images: Mapping[str, np.ndarray], name: str) -> str:
@@ -151,13 +150,13 @@ def _table(columns: Sequence[str], rows: str) -> str:
 
 
 def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping[str, np.ndarray], history) -> str:
-    title = escape(f"Fine-tuning {Path(config['model']).name} for {' + '.join(config['reward'])}")
+    title = f"Fine-tuning {Path(config['model']).name} for {' + '.join(config['reward'])}"
     lead = (
         f"Reward {_number(metrics, 'reward_before')} before, {_number(metrics, 'reward')} after {metrics['iterations']} iterations of "
         f"{config['algorithm']}, at a path KL of {_number(metrics, 'path_kl')} nats; on held-out prompts "
         f"{_number(metrics, 'held_out_reward_before')} before, {_number(metrics, 'held_out_reward')} after."
     )
-    curves = base64.b64encode(png(figure(_curves(history, metrics)))).decode()
+    curves = image(png(figure(_curves(history, metrics))), "reward, path KL, other samplers")
     rows = "".join(
         f"<tr><td><code>{name}</code><br>{escape(text)}</td><td>{escape(_number(metrics, name))}</td></tr>\n"
         for name, text in MEANINGS.items()
@@ -167,24 +166,17 @@ def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping
         f"<td>{row['reward_before']:.4g}</td><td>{row['reward']:.4g}</td></tr>\n"
         for p, row in metrics["prompts"].items()
     )
-    settings = "".join(f"<tr><td><code>{escape(str(k))}</code></td><td>{escape(str(v))}</td></tr>\n" for k, v in config.items())
     parts = [
-        f"<h1>{title}</h1>\n<p class=lead>{escape(lead)}</p>",
+        f"<h1>{escape(title)}</h1>\n<p class=lead>{escape(lead)}</p>",
         "<h2>Prompts that were trained on</h2>\n<p>Left before, right after, from the same noise; not selected. Below: the rewards.</p>\n"
         + _pairs(images, "training"),
         "<h2>Held-out prompts</h2>\n" + _pairs(images, "held_out"),
-        "<h2>Progress and other samplers</h2>\n"
-        f'<figure><img alt="reward, path KL, other samplers" src="data:image/png;base64,{curves}"></figure>',
+        f"<h2>Progress and other samplers</h2>\n<figure>{curves}</figure>",
         f"<h2>All metrics</h2>\n{_table(('Metric', 'Value ± standard error'), rows)}",
         f"<details><summary>Prompts</summary>\n{_table(('Prompt', 'Images', 'Reward before', 'after'), prompts)}</details>",
-        f"<details><summary>Settings</summary>\n<table>{settings}</table></details>",
+        settings(config),
     ]
-    body = "\n".join(f"<section>{part}</section>" for part in parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}{GALLERY_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return page(title, parts, GALLERY_STYLE)
 
 
 def main(args: list[str] | None = None) -> None:
