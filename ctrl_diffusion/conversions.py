@@ -14,9 +14,12 @@ def sqdf_kl_weight(alpha: float, dim: int) -> float:
     return 2 * alpha / _positive(dim)
 
 
-def summed_clip(clip: float, dim: int) -> float:
-    """`(1 + clip)^dim - 1`: a clip range of ratios of *mean* log-densities, for ratios of summed ones (DDPO's code: 1e-4)."""
-    return math.expm1(_positive(dim) * math.log1p(clip))
+def summed_clip(clip: float, dim: int) -> tuple[float, float]:
+    """`1 - (1 - clip)^dim` below 1 and `(1 + clip)^dim - 1` above it, for ratios of summed log-densities.
+
+    DDPO's code clips ratios of *mean* log-densities to `1 +- clip` (1e-4), as if `dim` were 1.
+    """
+    return -math.expm1(_positive(dim) * math.log1p(-clip)), math.expm1(dim * math.log1p(clip))
 
 
 def dpok_kl_weight(alpha: float, beta: float) -> float:

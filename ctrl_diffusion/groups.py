@@ -28,7 +28,12 @@ def mean_within(v: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
     if same is None:
         return of_all
     count = jnp.sum(same, axis=0)
-    return jnp.where(count > 1, v @ same / count, of_all)
+    return jnp.where(count > 1, _sums(v, same) / count, of_all)
+
+
+def _sums(v: Float[Array, "*n b"], same: Float[Array, "b b"]) -> Float[Array, "*n b"]:
+    """Sums over the paths of the same condition; accelerators would otherwise round `v`."""
+    return jnp.matmul(v, same, precision=jax.lax.Precision.HIGHEST)
 
 
 def softmax_within(logits: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
@@ -50,4 +55,4 @@ def variance_within(v: Float[Array, " b"], same: Same) -> Float[Array, ""]:
         return jnp.var(v, ddof=1)
     count = jnp.sum(same, axis=0)
     freedom = v.shape[0] - jnp.sum(1 / count)  # paths minus conditions
-    return jnp.sum((v - v @ same / count) ** 2) / jnp.maximum(freedom, 1)
+    return jnp.sum((v - _sums(v, same) / count) ** 2) / jnp.maximum(freedom, 1)

@@ -227,10 +227,19 @@ def advantages(increments: Float[Array, "n b"], dt: Float[Array, " n"], horizon:
     return jax.lax.scan(backward, jnp.zeros_like(increments[0]), (increments, decay), reverse=True)[1]
 
 
-def clipped_surrogate(log_ratio: Float[Array, " n"], advantage: Float[Array, " n"], clip: float) -> Float[Array, " n"]:
-    """`min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)` (Schulman et al. 2017, eq. 7); `clip = inf` is `ratio A`."""
-    ratio = jnp.exp(log_ratio)
-    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+Clip = float | tuple[float, float]
+"""How far a likelihood ratio may move below and above 1: the same, or two numbers."""
+
+
+def clipped_surrogate(log_ratio: Float[Array, " n"], advantage: Float[Array, " n"], clip: Clip) -> Float[Array, " n"]:
+    """`min(ratio A, clip(ratio, 1 - below, 1 + above) A)` (Schulman et al. 2017, eq. 7); `clip = inf` is `ratio A`."""
+    ratio, (below, above) = jnp.exp(log_ratio), both_sides(clip)
+    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - below, 1 + above) * advantage)
+
+
+def both_sides(clip: Clip) -> tuple[float, float]:
+    """`(below, above)`."""
+    return clip if isinstance(clip, tuple) else (clip, clip)
 
 
 def centre(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from .parallel import from_local_rows, local_rows
@@ -182,18 +183,40 @@ def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float
     """Evaluate and check: one finite number per sample, else a `RewardError` that says which sample and what to do.
 
     `cond` are the conditions of the samples, arrays `[b, ...]`, for rewards that take them.
-    Of a batch that is divided over processes each evaluates and checks the rows on its own devices; the result is divided alike.
+    Of a batch that is divided over processes each evaluates and checks the rows on its own devices; the result is divided alike,
+    and an error of one is raised by all.
     """
     if reward.parts and not reward.differentiable:
         return sum(weight * evaluate(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
+    seen = x if reward.differentiable or reward.view is None else _apply(reward.view, x)
+    try:
+        values, error = _checked(reward, seen, cond), None
+    except RewardError as found:
+        values, error = None, found
+    _raise_together(reward, error, x)
+    return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+
+
+def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
+    """The numbers of a differentiable reward, those of this process's rows of any other."""
     if reward.differentiable:
         values = _called(reward, x, cond)
         _check(reward, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
-        return values.astype(x.dtype)
-    rows, cond = jax.tree.map(local_rows, (x if reward.view is None else _apply(reward.view, x), cond))
+        return values
+    rows, cond = jax.tree.map(local_rows, (x, cond))
     values = np.asarray(_called(reward, rows, cond))
     _check(reward, values.shape, values, rows.shape)
-    return from_local_rows(values, x)
+    return values
+
+
+def _raise_together(reward: Reward, error: RewardError | None, x: Float[Array, "b *x"]) -> None:
+    """Raise the error, on all processes that share `x`: the others would wait for the one that failed."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+        if error is None and len(failed):
+            error = RewardError(f"reward {reward.name!r} failed on process {failed[0]}, which says why.")
+    if error is not None:
+        raise error
 
 
 def evaluate_parts(

@@ -5,7 +5,7 @@ in nats, the same whatever the step count.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -23,7 +23,9 @@ from .process import Params
 
 
 class AbstractTrustRegion(eqx.Module):
-    """Changes parameters to lower a loss, on minibatches and once per iteration on all rows."""
+    """Changes parameters to lower a loss, on minibatches or once per iteration on all rows (`once`)."""
+
+    once: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, params: Params) -> Any:
@@ -76,6 +78,7 @@ class NaturalGradient(AbstractTrustRegion):
             parameters, and the direction grows where these rows have no say: the line search then gives most of the step back.
     """
 
+    once: ClassVar[bool] = True
     radius: float = eqx.field(static=True)
     iterations: int = eqx.field(static=True, default=10)
     damping: float = eqx.field(static=True, default=1e-3)

@@ -39,8 +39,9 @@ class Evaluator:
     ):
         """`scales` are those of the path KL (`Sampler.chain_scales`), or `None` where no path KL is defined.
 
-        `chunk` samples are drawn at a time, always: one compilation, bounded memory.
+        `chunk` samples, rounded up to a multiple of the devices, are drawn at a time, always: one compilation, bounded memory.
         """
+        chunk = -(-chunk // layout.devices) * layout.devices
         self.reward, self.reference, self.scales, self.chunk, self.layout = reward, reference, scales, chunk, layout
 
         fixed, rest = eqx.partition(sampler.control, eqx.is_array)

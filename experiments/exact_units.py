@@ -330,7 +330,7 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: 
 
 
 def measure(table: Bench, priced: bool, params: Any) -> dict[str, Any]:
-    """Gap, control error, reward, path KL and distance to the optimal law, all on grids four times finer than the training's."""
+    """Gap, control error, reward, path KL and distance to the optimal law, on four times the steps of the problem."""
     (place, ruler, optimal, chain), fixed_point = table.yardstick, table.fixed_point
     problem, control = place.problem, place.sampler.control
     gap, paths = ruler.gap(control, params), ruler.integrals(control, params)

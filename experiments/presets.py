@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.critics import returns
+from ctrl_diffusion.objective import Clip
 from ctrl_diffusion.values import AbstractValue
 
 
@@ -15,7 +16,7 @@ class Settings(NamedTuple):
     objective: cd.Objective
     value: AbstractValue
     training: cd.Training
-    clip: float = 0.2
+    clip: Clip = 0.2
     horizon: float = 0.0
     kl_radius: float = 0.05
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
@@ -79,8 +80,14 @@ class RunDirectory:
     # -- logs -----------------------------------------------------------------------------------------------------------
 
     def history(self) -> list[dict[str, Any]]:
+        """The rows; a last one that is not whole, as a full disk or a power failure leaves it, is dropped."""
         file = self.path / "history.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines() if file.exists() else []
+        try:
+            last = [json.loads(line) for line in lines[-1:]]
+        except json.JSONDecodeError:
+            last = []
+        return [json.loads(line) for line in lines[:-1]] + last
 
     def keep_history(self, phase: str, index: str, before: int) -> None:
         """Drop rows of `phase` from `before` on: they were logged after the checkpoint that is being resumed."""
@@ -120,10 +127,9 @@ def wait_for_all(what: str) -> None:
 
 
 def exists_for_all(file: Path) -> bool:
-    """Whether a file is there, before any process goes on to make it."""
+    """Whether the first process sees a file: the same answer for all, before any goes on to make it."""
     found = file.exists()
-    wait_for_all(f"{file.name} was looked for")
-    return found
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(found))) if jax.process_count() > 1 else found
 
 
 class Results:
@@ -138,7 +144,7 @@ class Results:
         wait_for_all("earlier results are seen")
 
     def has(self, name: str) -> bool:
-        return (self.folder / f"{name}.json").exists()
+        return exists_for_all(self.folder / f"{name}.json")
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
         if is_first():

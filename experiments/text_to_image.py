@@ -28,7 +28,7 @@ from .devices import describe, is_first
 from .evaluation import Evaluator, Samples
 from .files import write_arrays
 from .rundir import RunDirectory, exists_for_all
-from .text_to_image_config import Config, check, price
+from .text_to_image_config import Config, check, digest_of_prompts, price
 from .text_to_image_parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .text_to_image_report import write_gallery
 from .text_to_image_settings import chosen_settings
@@ -59,9 +59,12 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     layout = config.devices.start()
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in _NOT_IDENTIFYING}
+    settings["prompts_digest"] = digest_of_prompts(config)
     directory = RunDirectory(config.out, _as_json(settings), config.use_previous_checkpoint)
     gallery = config.out / "gallery.html"
     if directory.metrics is not None:
+        if is_first() and not gallery.exists():
+            write_gallery(config.out)
         print(f"{config.out} holds this run, finished: see {gallery}. Choose another --out to run again.")
         return directory.metrics
     print(describe(layout, batch=config.batch, evaluation_samples=config.evaluation_samples))

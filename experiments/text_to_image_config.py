@@ -1,6 +1,8 @@
 """Settings of `experiments.text_to_image`, and what is refused before anything is loaded or written."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -90,8 +92,8 @@ class Config:
     """Adam learning rate of the value network."""
     value: Literal["plain", "structured"] = "plain"
     """The value network alone, or added to the reward of the decoded guess at every timestep (as published for Score as Action)."""
-    clip: float = 0.2
-    """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped)."""
+    clip: float | tuple[float, float] = 0.2
+    """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped); two numbers are how far below and above 1 it may go."""
     kl_radius: float = 0.05
     """Path KL of an update, nats (only with --algorithm score_as_action_trpo)."""
     horizon: float = 0.0
@@ -137,6 +139,11 @@ def check(config: Config) -> None:
         raise ValueError(
             f"eta={config.eta} must be positive: without noise a policy does not explore, and its path KL is infinite."
         )
+    if config.algorithm == "log_variance" and config.samples_per_prompt < 2:
+        raise ValueError(
+            f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for log_variance: it is the variance among the images "
+            "of a prompt."
+        )
     if config.evaluation_samples < 2:
         raise ValueError(f"evaluation_samples={config.evaluation_samples} must be at least 2: standard errors need several.")
     numbers = (
@@ -165,12 +172,17 @@ def price(config: Config) -> float:
 
 
 def read_prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and prompts held out."""
+    """Prompts to train on, and prompts held out; each once."""
     prompts = list(ANIMALS) if config.prompts is None else _lines(config.prompts, "prompts")
     if config.held_out_prompts is not None:
-        return prompts, _lines(config.held_out_prompts, "held_out_prompts")
+        held_out = _lines(config.held_out_prompts, "held_out_prompts")
+        if both := [p for p in held_out if p in prompts]:
+            raise ValueError(f"held_out_prompts={config.held_out_prompts}: {both[0]!r} is among those that are trained on.")
+        return prompts, held_out
+    if len(prompts) < 2:
+        raise ValueError(f"prompts={config.prompts} has a single prompt, and none to hold out: pass held_out_prompts.")
     if len(prompts) < 5:
-        return prompts, prompts[-1:]
+        return prompts[:-1], prompts[-1:]
     return [p for i, p in enumerate(prompts) if i % 5 != 4], prompts[4::5]
 
 
@@ -180,4 +192,9 @@ def _lines(path: Path, name: str) -> list[str]:
     found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not found:
         raise ValueError(f"{name}={path} has no prompts: write one per line.")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def digest_of_prompts(config: Config) -> str:
+    """Tells two sets of prompts apart: a run is not resumed on other prompts than it began with."""
+    return hashlib.sha256(json.dumps(read_prompts(config)).encode()).hexdigest()[:16]

@@ -39,7 +39,7 @@ PUBLISHED: dict[str, Published] = {
         "https://arxiv.org/abs/2502.01819",
         COMMON | dict(
             reward=("imagereward",), algorithm="score_as_action_published", guidance=7.0, learning_rate=5e-5,
-            clip=summed_clip(1.5e-5, LATENTS), batch=512, samples_per_prompt=1, rollouts=8, minibatches=2, accumulation=64,
+            clip=summed_clip(1.5e-5, LATENTS), batch=512, samples_per_prompt=1, rollouts=8, minibatches=2, accumulation=400,
             iterations=100, value="structured", value_learning_rate=1e-7, evaluation_steps=(25, 100),
         ),
         "The paper's value has two ImageReward networks, of which the second is trained in part; here the second is a small "
@@ -51,7 +51,7 @@ PUBLISHED: dict[str, Published] = {
         "https://arxiv.org/abs/2512.04559",
         COMMON | dict(
             reward=("aesthetic",), algorithm="sqdf", guidance=5.0, learning_rate=1e-3, lora_rank=4, batch=64,
-            samples_per_prompt=1, kl_weight=sqdf_kl_weight(2.0, LATENTS), times=1, minibatches=1, accumulation=16,
+            samples_per_prompt=1, kl_weight=sqdf_kl_weight(2.0, LATENTS), times=1, minibatches=1, accumulation=4,
             iterations=240,
         ),
         "The guess of the final state is the posterior mean; the paper's is a step of a consistency model. The buffer holds eight "
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, Published] = {
         "https://arxiv.org/abs/2505.15791",
         COMMON | dict(
             reward=("jpeg_compressibility",), algorithm="vard", guidance=5.0, learning_rate=3e-4, batch=64, samples_per_prompt=1,
-            kl_weight=0.01, times=5, minibatches=4, accumulation=16, iterations=100,
+            kl_weight=0.01, times=5, minibatches=4, accumulation=5, iterations=100,
         ),
         "A reconstruction: the paper's loss and constants are not public in code, so that learning rates, batch and price are ours.",
         "None that these settings could be held to.",
@@ -71,7 +71,7 @@ PUBLISHED: dict[str, Published] = {
         "https://arxiv.org/abs/2305.13301",
         COMMON | dict(
             reward=("aesthetic",), algorithm="ddpo", guidance=5.0, learning_rate=3e-4, lora_rank=4,
-            clip=summed_clip(1e-4, LATENTS), batch=256, samples_per_prompt=4, rollouts=4, minibatches=2, accumulation=64,
+            clip=summed_clip(1e-4, LATENTS), batch=256, samples_per_prompt=4, rollouts=4, minibatches=2, accumulation=200,
             iterations=100,
         ),
         "Returns are compared among the images of a prompt in the same iteration; the code keeps statistics of every prompt over "

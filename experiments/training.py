@@ -149,9 +149,9 @@ def finetune(
                 row |= evaluate(state)
             run.log("finetune", done, row)
             if done % checkpoint_every == 0 or last:
-                checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
-                if keep is not None:
+                if keep is not None:  # first: a run that is resumed after its last checkpoint does not come here again
                     keep(done, state)
+                checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.3f}", path_kl=f"{row['path_kl']:.2f}")
     checkpoints.close()

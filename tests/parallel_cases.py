@@ -256,6 +256,9 @@ def test_the_average_of_parameters_is_that_of_the_updates():
     for average, params, start in zip(leaves(one.average), leaves(one.params), leaves(PARAMS)):
         np.testing.assert_allclose(average, 0.9 * start + 0.1 * params, rtol=1e-5, atol=1e-7)
     assert iteration("pathwise, one step", Layout(), average=None)[0].average == ()
+    natural = iteration("natural gradient", Layout(), minibatches=2)[0]  # one update an iteration, whatever the minibatches
+    for average, params, start in zip(leaves(natural.average), leaves(natural.params), leaves(PARAMS)):
+        np.testing.assert_allclose(average, 0.9 * start + 0.1 * params, rtol=1e-5, atol=1e-7)
 
 
 def test_black_box_rewards_see_every_sample_once():

@@ -56,6 +56,19 @@ def logged(folder, project=None):
     run.finish({"reward": 2.5, "gap": None})
 
 
+def test_a_row_that_is_not_whole_is_dropped(tmp_path):
+    """As a full disk leaves it: the run goes on from the checkpoint before."""
+    logged(tmp_path / "run")
+    file = tmp_path / "run" / "history.jsonl"
+    rows = RunDirectory(tmp_path / "run", {"seed": 3}).history()
+    assert len(rows) == len(ROWS) > 1
+    file.write_text(file.read_text()[:-9])
+    run = RunDirectory(tmp_path / "run", {"seed": 3})
+    assert run.history() == rows[:-1]
+    run.keep_history("finetune", "iteration", 100)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:-1]
+
+
 def events(folder):
     """Scalars in TensorBoard's files: length, checksum, message, checksum."""
     found = []

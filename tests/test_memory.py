@@ -87,7 +87,11 @@ def test_parameters_and_memories_are_overwritten():
     algorithm = cd.compose(objective(4), estimator, critic, training, states=cd.Replay(16))
     state, programs = algorithm.init(PARAMS, PHI), compiled(algorithm)
     learned = (state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)
-    kept = {"update": size(learned), "remember": size(state.memory) - size(state.memory[0].t), "finish": size(state.params)}
+    kept = {
+        "update": size(learned),
+        "remember": size(state.memory) - size(state.memory[0].t),
+        "finish": size((state.params, state.average)),
+    }
     for name, replaced in kept.items():  # the times of a memory are those of the fresh paths
         assert "input_output_alias" in programs[name].as_text().splitlines()[0]
         assert programs[name].memory_analysis().alias_size_in_bytes == replaced, name

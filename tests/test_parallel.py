@@ -99,13 +99,33 @@ def start(out, devices, *options):
     )
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_both():
+    """Neither waits for the other, which would be forever."""
+    command = [sys.executable, "-m", "tests.failing_reward", free_address()]
+    both = [
+        subprocess.Popen([*command, str(i)], cwd=REPOSITORY, env=environment(1), stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    first, second = ([line for line in lines if "Gloo" not in line] for lines in printed)
+    assert first == [f"reward {name!r} failed on process 1, which says why." for name in ("raises", "is_not_finite")] + [
+        "[2. 2.]"
+    ]
+    assert "raised RuntimeError" in second[0] and "returned inf for sample 0" in second[1] and second[2] == "[2. 2.]"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_two_processes_equal_one(tmp_path, fsdp):
     """The whole experiment by two processes of two devices each, and by one process on one device: the same model and log."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     alone = start(tmp_path / "one", 1)
     assert alone.wait() == 0, alone.stdout.read()
     joint = ["--devices.distributed", "--devices.coordinator", address, "--devices.processes", "2", "--devices.fsdp", str(fsdp)]

@@ -235,6 +235,7 @@ def test_clipped_surrogate():
     log_ratio = jnp.log(jnp.asarray([0.5, 1.0, 1.5, 0.5, 1.5]))
     advantage = jnp.asarray([1.0, 1.0, 1.0, -1.0, -1.0])
     np.testing.assert_allclose(clipped_surrogate(log_ratio, advantage, 0.2), [0.5, 1.0, 1.2, -0.8, -1.5], rtol=1e-6)
+    np.testing.assert_allclose(clipped_surrogate(log_ratio, advantage, (0.3, 0.2)), [0.5, 1.0, 1.2, -0.7, -1.5], rtol=1e-6)
     np.testing.assert_allclose(clipped_surrogate(log_ratio, advantage, float("inf")), [0.5, 1, 1.5, -0.5, -1.5], rtol=1e-6)
 
 

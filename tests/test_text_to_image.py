@@ -20,7 +20,7 @@ from experiments.pod_plan_text import abstract_parts, text_to_image_programs
 from experiments.presets import ALGORITHMS
 from experiments.random_model import Config as RandomModel, write_random_model
 from experiments.text_to_image import main, prompt_diversity, run
-from experiments.text_to_image_config import Config, check, price, read_prompts
+from experiments.text_to_image_config import Config, check, digest_of_prompts, price, read_prompts
 from experiments.text_to_image_parts import latent_shape, load_parts, make_algorithm, make_sampler, rows_of_prompts
 from experiments.text_to_image_report import MEANINGS
 from experiments.text_to_image_settings import PUBLISHED, chosen_settings
@@ -273,6 +273,7 @@ def test_diversity_within_prompts():
         (dict(held_out_prompts=Path("none.txt")), "none.txt is not a file"),
         (dict(reward=("aesthetic",)), "needs its files in rewards"),
         (dict(reward=("jpeg_compressibility",), algorithm="draft"), "is a black box"),
+        (dict(algorithm="log_variance", kl_weight=0.1, samples_per_prompt=1), "at least 2 for log_variance"),
         (dict(attention_chunk=0), "attention_chunk=0 must be at least 1"),
         (dict(size=44), "must be a multiple of 8 pixels"),
         (dict(reward=("tests.nothing:here",)), "cannot be imported"),
@@ -291,6 +292,17 @@ def test_prompts_from_files(tmp_path):
     assert read_prompts(Config(prompts=tmp_path / "p.txt")) == (["a", "b", "c", "d", "f"], ["e"])
     (tmp_path / "h.txt").write_text("x\n")
     assert read_prompts(Config(prompts=tmp_path / "p.txt", held_out_prompts=tmp_path / "h.txt"))[1] == ["x"]
+    (tmp_path / "few.txt").write_text("a\nb\na\n")
+    few = Config(prompts=tmp_path / "few.txt")
+    assert read_prompts(few) == (["a"], ["b"])
+    before = digest_of_prompts(few)
+    (tmp_path / "few.txt").write_text("a\nc\n")
+    assert digest_of_prompts(few) != before
+    with pytest.raises(ValueError, match="'a' is among those that are trained on"):
+        read_prompts(Config(prompts=tmp_path / "few.txt", held_out_prompts=tmp_path / "few.txt"))
+    (tmp_path / "one.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="pass held_out_prompts"):
+        read_prompts(Config(prompts=tmp_path / "one.txt"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="has no prompts"):
         read_prompts(Config(prompts=tmp_path / "empty.txt"))
@@ -303,7 +315,9 @@ def test_published_settings_are_valid(name):
     check(config)
     assert price(config) >= 0 and config.batch % config.rollouts == 0
     per_path = config.steps if config.times is None else config.times
-    assert config.batch * per_path % (config.minibatches * config.accumulation) == 0
+    devices = 16  # of the slice that they are meant for
+    assert config.batch * per_path % (config.minibatches * config.accumulation * devices) == 0
+    assert config.batch % (config.rollouts * devices) == 0
     assert PUBLISHED[name].link.startswith("https://arxiv.org/abs/")
 
 

@@ -222,6 +222,9 @@ def compose(
         change, state = critic.optimizer.update(gradient, state, value_params)
         return optax.apply_updates(value_params, change), state, {"value_loss": error}
 
+    def averaged(params: Params, average: Params) -> Params:
+        return average if training.average is None else optax.incremental_update(params, average, 1 - training.average)
+
     def policy_loss(params, rows, given):
         fixed, models = given
         return estimator.loss(bound(fixed), critic, params, models, rows)
@@ -236,16 +239,20 @@ def compose(
             loss = reduced_once(policy_loss, given, layout, parts)
         new_params, opt, metrics = trust_region.minibatch(loss, params, opt, rows)
         value_params, value_opt, value_metrics = value_step(bound(fixed), value_params, value_opt, params, reference, rows)
-        if training.average is not None:
-            average = optax.incremental_update(new_params, average, 1 - training.average)
+        if not trust_region.once:
+            average = averaged(new_params, average)
         learned = (new_params, value_params, opt, value_opt, average)
         return layout.constrain(learned, layout.parameters), metrics | value_metrics
 
     @jax.jit(donate_argnums=0)
-    def finish(params, fixed, models: Models, rows: Rows):
+    def finish(policy, fixed, models: Models, rows: Rows):
+        """The update on all rows, of a trust region that makes one, of the parameters and their average."""
+        params, average = policy
         loss = partial(policy_loss, given=(fixed, models))
         params, metrics = trust_region.finish(bound(fixed), loss, params, rows)
-        return layout.constrain(params, layout.parameters), metrics
+        if trust_region.once:
+            average = averaged(params, average)
+        return layout.constrain((params, average), layout.parameters), metrics
 
     @jax.jit
     def judge(rollout: Rollout):
@@ -294,7 +301,9 @@ def compose(
                 learned, update_metrics = layout.paced(update(learned, fixed, state.reference, some))
                 history.append(update_metrics)
         params, value_params, opt, value_opt, average = learned
-        params, finish_metrics = layout.paced(finish(params, fixed, Models(state.reference, value_params), rows))
+        (params, average), finish_metrics = layout.paced(
+            finish((params, average), fixed, Models(state.reference, value_params), rows)
+        )
         metrics |= history[-1] | finish_metrics | shown | {f"reward/{name}": jnp.mean(v) for name, v in parts_of_r.items()}
         if "max_log_ratio" in history[0]:
             metrics["first_log_ratio"] = history[0]["max_log_ratio"]

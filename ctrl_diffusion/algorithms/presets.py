@@ -21,7 +21,7 @@ from ..estimators import (
     late,
 )
 from ..estimators.likelihood_ratio import Normalise
-from ..objective import Objective, centre, standardise_per_time
+from ..objective import Clip, Objective, centre, standardise_per_time
 from ..states import Reference, Replay
 from ..values import AbstractValue, LookaheadValue, NoValue
 from .compose import compose
@@ -35,7 +35,7 @@ def score_as_action(
     value: AbstractValue,
     training: Training,
     *,
-    clip: float = INFINITE,
+    clip: Clip = INFINITE,
     horizon: float = 0.0,
     target: Target = kl_to_go,
     normalise: Normalise | None = None,
@@ -72,7 +72,7 @@ def score_as_action(
     return compose(objective, estimator, critic, training, denoise_with_policy=denoise_with_policy)
 
 
-def ddpo(objective: Objective, training: Training, *, clip: float = 0.2) -> Algorithm:
+def ddpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algorithm:
     r"""DDPO, importance-sampled: `sum_j min(rho_j A, clip(rho_j) A)` with `A = (r - mean r) / std r`; use `kl_weight = 0`.
 
     The objective `E r` has no maximiser in general: read its reward against its path KL. Black et al. 2024, section 4.3;
@@ -89,7 +89,7 @@ def ddpo(objective: Objective, training: Training, *, clip: float = 0.2) -> Algo
     return compose(objective, LikelihoodRatio(INFINITE, clip, standardise_per_time), no_critic(objective), training)
 
 
-def dpok(objective: Objective, training: Training, *, clip: float = INFINITE) -> Algorithm:
+def dpok(objective: Objective, training: Training, *, clip: Clip = INFINITE) -> Algorithm:
     r"""DPOK: likelihood ratio of the return, with the path KL priced: `A_j = r - lambda sum_{l >= j} kl_l`, less its batch mean.
 
     Fan et al. 2023, algorithm 1. Their gradient leaves out the KL of later steps, `kl_l` for `l > j`; it is part of the return
@@ -105,7 +105,7 @@ def dpok(objective: Objective, training: Training, *, clip: float = INFINITE) ->
     return compose(objective, LikelihoodRatio(INFINITE, clip, centre), no_critic(objective), training)
 
 
-def flow_grpo(objective: Objective, training: Training, *, clip: float = 0.2) -> Algorithm:
+def flow_grpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algorithm:
     r"""Flow-GRPO: `A = (r - mean r) / std r` within a group, clipped ratio, and the KL of each step as a penalty of its own.
 
     Liu et al. 2025, eq. 5 and 6. The group is the batch, or under conditions its paths of the same prompt; the KL enters by its own

@@ -61,5 +61,5 @@ def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Pa
     rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), partial(layout.batch, axis=1))
     some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
     call("update", (params, value_params, opt, value_opt, average), fixed, reference, some)
-    call("finish", params, fixed, models, rows)
+    call("finish", (params, average), fixed, models, rows)
     return found

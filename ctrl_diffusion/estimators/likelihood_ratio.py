@@ -10,12 +10,13 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..critics import Critic
 from ..exploration import shift
 from ..groups import same_condition, softmax_within
-from ..objective import Objective, Rollout, Rows, advantages, clipped_surrogate, value_increments
+from ..objective import Clip, Objective, Rollout, Rows, advantages, both_sides, clipped_surrogate, value_increments
 from ..process import Params
 from ..sampler import log_ratio
 from .base import AbstractEstimator, Metrics, Models, require_price
@@ -29,7 +30,7 @@ class LikelihoodRatio(AbstractEstimator):
 
     Args:
         horizon: decay time of the advantages, control time (`objective.advantages`): 0 single increments, `inf` returns.
-        clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017); `inf` is no clipping.
+        clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017), or to `[1 - below, 1 + above]` with a pair; `inf` is no clipping.
         normalise: a function of the advantages `[n, b]` (`objective.centre`, `standardise_per_time`, ...), or `None`. Dividing
             them changes the price relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
         max_advantage: clamp of their magnitude after normalisation.
@@ -39,7 +40,7 @@ class LikelihoodRatio(AbstractEstimator):
     """
 
     horizon: float = eqx.field(static=True, default=0.0)
-    clip: float = eqx.field(static=True, default=float("inf"))
+    clip: Clip = eqx.field(static=True, default=float("inf"))
     normalise: Normalise | None = eqx.field(static=True, default=None)
     max_advantage: float = eqx.field(static=True, default=float("inf"))
     kl_to_go: bool = eqx.field(static=True, default=True)
@@ -56,7 +57,7 @@ class LikelihoodRatio(AbstractEstimator):
             "max_step_kl": "use inf for no mask",
         }
         for name, remedy in remedies.items():
-            if not getattr(self, name) >= 0:
+            if not np.all(np.asarray(getattr(self, name)) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: {remedy}.")
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
@@ -78,10 +79,12 @@ class LikelihoodRatio(AbstractEstimator):
         inside = jax.lax.stop_gradient(step_kl) <= self.max_step_kl
         gain = jnp.where(inside, clipped_surrogate(log_rho, rows.signal, self.clip), 0.0) - self.proximal * step_kl
         price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
+        below, above = both_sides(self.clip)
+        moved = jnp.expm1(log_rho)
         metrics: Metrics = {
             "update_kl": objective.intervals * jnp.mean(rows.weight * step_kl),
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
-            "clip_fraction": jnp.mean(jnp.abs(jnp.expm1(log_rho)) > self.clip),
+            "clip_fraction": jnp.mean((moved < -below) | (moved > above)),
         }
         return objective.intervals * jnp.mean(rows.weight * (objective.kl_weight * price - gain)), metrics
 

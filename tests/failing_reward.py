@@ -1,0 +1,36 @@
+"""One of two processes, run by `test_parallel.py`: a reward that fails on the second process alone, in two ways."""
+
+import sys
+
+import jax
+import numpy as np
+
+import ctrl_diffusion as cd
+from ctrl_diffusion.parallel import Layout, make_mesh
+from ctrl_diffusion.rewards import evaluate
+
+
+def main(address: str, process: int) -> None:
+    jax.distributed.initialize(address, 2, process)
+    layout = Layout(make_mesh())
+    x = layout.put(np.ones((4, 3), np.float32), layout.batch)
+
+    def raises(rows):
+        if process == 1:
+            raise RuntimeError("the judge is out")
+        return rows[:, 0]
+
+    def is_not_finite(rows):
+        return np.where(process == 1, np.inf, rows[:, 0])
+
+    for reward in (raises, is_not_finite):
+        try:
+            evaluate(cd.black_box(reward), x)
+            print("no error")
+        except cd.rewards.RewardError as error:
+            print(error)
+    print(np.asarray(evaluate(cd.black_box(lambda rows: 2 * rows[:, 0]), x).addressable_shards[0].data))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
