@@ -88,7 +88,7 @@ class Replay(AbstractStates):
         def empty(axis, like):
             return jnp.zeros(like.shape[:axis] + (self.capacity,) + like.shape[axis + 1 :], like.dtype)
 
-        return _over_paths(empty, rollout)._replace(t=jnp.zeros(rollout.t.shape, rollout.t.dtype)), jnp.zeros((), jnp.int32)
+        return over_paths(empty, rollout)._replace(t=jnp.zeros(rollout.t.shape, rollout.t.dtype)), jnp.zeros((), jnp.int32)
 
     def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
         stored, count = memory
@@ -98,11 +98,11 @@ class Replay(AbstractStates):
         def put(axis, old, new):
             return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[rows].set(jnp.moveaxis(new, axis, 0)), 0, axis)
 
-        stored = _over_paths(put, stored, rollout)._replace(t=rollout.t)
+        stored = over_paths(put, stored, rollout)._replace(t=rollout.t)
         filled = jnp.arange(self.capacity) < count + batch
         weights = jnp.where(filled, self.priority(jnp.where(filled, stored.reward, -jnp.inf)), 0)
         chosen = jax.random.choice(key, self.capacity, (batch,), p=weights / jnp.sum(weights))
-        drawn = _over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), stored)._replace(t=rollout.t)
+        drawn = over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), stored)._replace(t=rollout.t)
         return (stored, count + batch), drawn
 
 
@@ -111,13 +111,13 @@ def memory_shardings(layout: Layout, memory: Any) -> Any:
 
     def shardings(v):
         if isinstance(v, Rollout):
-            return _over_paths(lambda axis, v: layout.batch(v, axis), v)._replace(t=layout.replicated(v.t))
+            return over_paths(lambda axis, v: layout.batch(v, axis), v)._replace(t=layout.replicated(v.t))
         return layout.replicated(v)
 
     return jax.tree.map(shardings, memory, is_leaf=lambda v: isinstance(v, Rollout))
 
 
-def _over_paths(fn, *rollouts: Rollout) -> Rollout:
+def over_paths(fn, *rollouts: Rollout) -> Rollout:
     """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is left to the caller."""
     axes = {name: 0 if name in ("reward", "cond") else 1 for name in Rollout._fields if name != "t"}
     fields = {

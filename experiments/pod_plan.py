@@ -33,7 +33,7 @@ from .pod_plan_chips import HOP_SECONDS, Slice, describe, parse_slice, roofline,
 from .pod_plan_hlo import account, by_kind
 from .pod_plan_report import table, write_figure
 
-PER_UPDATE = ("select", "update")
+PER_PART, PER_UPDATE = ("collect", "annotate"), ("select", "update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
         seconds = time.perf_counter() - begin
         if seconds > 20:
             print(f"  {name}: {seconds:.0f} s")
-        calls = case.updates if name in PER_UPDATE else 1
+        calls = case.updates if name in PER_UPDATE else algorithm.rollouts if name in PER_PART else 1
         programs[name] = {"calls": calls, "compile_seconds": seconds} | _one_run(compiled, where)
     _add_peaks(programs, sum(held.values()))
     return row | {"programs": programs} | _iteration(programs)
@@ -129,12 +129,13 @@ def _one_run(compiled: jax.stages.Compiled, where: Slice) -> Row:
 def _add_peaks(programs: dict[str, Row], held: int) -> None:
     """The memory of a chip while each program runs: its own, what earlier ones left, and the code of all. `held` is the state's."""
     code = sum(row["code_bytes"] for row in programs.values())
-    for row in programs.values():
-        before = row["output_bytes"] if row["calls"] > 1 else 0  # the last minibatch's
+    for name, row in programs.items():
+        kept = row["calls"] if name in PER_PART else 1  # all parts are, and the last minibatch
+        before = row["output_bytes"] * min(row["calls"] - 1, kept)
         outside = max(held - row["argument_bytes"], 0)
         row["outside_bytes"] = outside + before
         row["peak_bytes"] = code + outside + before + row["argument_bytes"] + row["output_bytes"] + row["temporary_bytes"]
-        held += row["output_bytes"]
+        held += kept * row["output_bytes"]
 
 
 def _iteration(programs: dict[str, Row]) -> Row:

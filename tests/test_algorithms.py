@@ -302,6 +302,10 @@ REFUSALS = {
     "adjoint without a price": (lambda o: cd.adjoint_matching(o, TRAINING), "kl_weight=0: matching divides by it"),
     "guess of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
     "no temperature": (lambda o: cd.log_variance(o, TRAINING), "kl_weight=0: the log-variance divides by it"),
+    "soft value without a price": (
+        lambda o: cd.compose(o, Pathwise(1), cd.Critic(EXACT.value, optax.sgd(0.1), loss=soft_error), TRAINING),
+        "kl_weight=0: the soft error of a value divides by it",
+    ),
     "times of whole paths": (
         lambda o: cd.log_variance(cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.TimeSampling(3))),
         "LogVariance is trained on whole paths; use times=None",

@@ -164,7 +164,7 @@ def test_algorithms_apply(tiny, train):
 
 def test_a_plan_has_the_shapes_of_a_run(tiny):
     """What is compiled for a pod, of which nothing but shapes exists, against a model that was loaded."""
-    config = dataclasses.replace(tiny, steps=2)
+    config = dataclasses.replace(tiny, steps=2, rollouts=2)
     parts, planned = load_parts(config, ONE_DEVICE), abstract_parts(config, "tiny")
     for a, b in ((parts.params, planned.params), (parts.base, planned.base), (parts.contexts, planned.contexts)):
         assert [v.shape for v in jax.tree.leaves(a)] == [v.shape for v in jax.tree.leaves(b)]
@@ -172,6 +172,7 @@ def test_a_plan_has_the_shapes_of_a_run(tiny):
     algorithm = make(ONE_DEVICE, 4)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(algorithm.fixed))
     programs = lower(algorithm, ONE_DEVICE, params, value_params)
+    assert "join" in programs
     fixed = sum(leaf.size for leaf in jax.tree.leaves((planned.base, planned.contexts, planned.empty)))
     given = jax.tree.leaves(programs["collect"].in_avals)
     assert fixed < sum(leaf.size for leaf in given) < 1.1 * fixed

@@ -14,15 +14,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from ..critics import Critic
+from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls, Models
+from ..estimators.base import require_price
 from ..gradients import reduced_once
 from ..objective import Objective, Rollout, Rows
 from ..process import Cond, Params
 from ..rewards import evaluate, evaluate_parts
 from ..sampler import Trajectory, path_actions
 from ..solvers import sample_keys
-from ..states import AbstractStates, OnPolicy, memory_shardings
+from ..states import AbstractStates, OnPolicy, memory_shardings, over_paths
 from ..trust import AbstractTrustRegion, FirstOrder
 from .training import Algorithm, Info, Programs, State, Training
 
@@ -61,6 +62,8 @@ def compose(
             raise ValueError(f"{name}={number} must be at least 1.")
     sampler, n = objective.sampler, objective.intervals
     estimator.check(objective, critic)
+    if critic.loss is soft_error and critic.optimizer is not None:
+        require_price(objective, "the soft error of a value")
     starts = estimator.starts(objective)
     if times is not None and estimator.whole_paths:
         raise ValueError(f"times={times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
@@ -138,25 +141,25 @@ def compose(
         return path._replace(x=divided(path.x, 1), noise=divided(path.noise, 1)), divided(path.x[-1], 0), cond
 
     @jax.jit
-    def join(paths: list[Trajectory], ends, rewards):
-        """The paths of an iteration, their ends and rewards, from those of its parts."""
-        x, noise = (jnp.concatenate([getattr(path, name) for path in paths], axis=1) for name in ("x", "noise"))
-        path = Trajectory(paths[0].t, divided(x, 1), divided(noise, 1))
-        return path, *divided((jnp.concatenate(ends), jax.tree.map(lambda *v: jnp.concatenate(v), *rewards)), 0)
-
-    @jax.jit
     def annotate(fixed, params, reference, path: Trajectory, cond):
-        """Old and reference actions, and guesses of the final state with their conditions."""
-        sampler = bound(fixed).sampler
+        """Old and reference actions of one part, and guesses of the final state with their conditions."""
+        sampler, size = bound(fixed).sampler, path.x.shape[1]
         a_old, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
         if not critic.value.uses_reward:
             return (*divided((a_old, a_ref, path.x[:-1]), 1), None)
         guide, action = (params, a_old) if denoise_with_policy else (reference, a_ref)
         rows = (path.t[:-1], path.x[:-1], action)
         x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row, cond), rows)
-        by_path = jnp.swapaxes(x_hat, 0, 1).reshape((batch * n,) + x_hat.shape[2:])
+        by_path = jnp.swapaxes(x_hat, 0, 1).reshape((size * n,) + x_hat.shape[2:])
         of_path = jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
         return (*divided((a_old, a_ref, x_hat), 1), divided((by_path, of_path), 0))
+
+    @jax.jit
+    def join(parts: list[Rollout], rewards: list[dict[str, Any]]):
+        """The paths of an iteration, their ends, and the terms of their rewards, from those of its parts."""
+        whole = over_paths(lambda axis, *v: jnp.concatenate(v, axis), *parts)
+        rewards = jax.tree.map(lambda *v: jnp.concatenate(v), *rewards)
+        return layout.constrain(whole, partial(memory_shardings, layout)), *divided((whole.x[-1], rewards), 0)
 
     def at_starts(v):
         return v if len(starts) == n else v[starts]
@@ -271,23 +274,29 @@ def compose(
 
     judge_of_paths = eqx.combine(fixed, rest)[1]
 
+    def judged(path: Trajectory, ends, cond, annotated) -> tuple[Rollout, dict[str, Any]]:
+        """A part with its rewards, and the terms that they are sums of."""
+        r, terms = evaluate_parts(judge_of_paths, ends, cond)
+        a_old, a_ref, x_hat, guesses = annotated
+        r_hat = jnp.zeros((n, len(ends)), r.dtype)
+        if guesses is not None:
+            r_hat = evaluate(judge_of_paths, *guesses).reshape(-1, n).T
+        return Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond), terms
+
     def step(key: Key[Array, ""], state: State) -> tuple[State, Info]:
         key_paths, key_rows = jax.random.split(layout.put(key, layout.replicated))
         behaviour = chosen.behaviour(state.params, state.reference)
         cond = layout.paced(draw(jax.random.fold_in(key_rows, 3)))
-        sampled = [layout.paced(collect(fixed, key_paths, behaviour, cond, part)) for part in range(training.rollouts)]
-        rewards = [evaluate_parts(judge_of_paths, ends, of_part) for _, ends, of_part in sampled]
-        (path, ends, _), (r, parts_of_r) = sampled[0], rewards[0]
-        if len(sampled) > 1:
-            paths, ends, _ = zip(*sampled)
-            path, ends, (r, parts_of_r) = layout.paced(join(list(paths), list(ends), rewards))
-            del paths
+        sampled = []
+        for part in range(training.rollouts):
+            path, ends, of_part = layout.paced(collect(fixed, key_paths, behaviour, cond, part))
+            sampled.append((path, ends, of_part, layout.paced(annotate(fixed, behaviour, state.reference, path, of_part))))
+        found, ends = [judged(*part) for part in sampled], sampled[0][1]
         del sampled  # the parts are free
-        a_old, a_ref, x_hat, guesses = layout.paced(annotate(fixed, behaviour, state.reference, path, cond))
-        r_hat = jnp.zeros((n, batch), r.dtype)
-        if guesses is not None:
-            r_hat = evaluate(judge_of_paths, *guesses).reshape(batch, n).T
-        fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond)
+        fresh, terms = found[0]
+        if len(found) > 1:
+            fresh, ends, terms = layout.paced(join(*map(list, zip(*found))))
+        del found
         memory, rollout = layout.paced(remember(jax.random.fold_in(key_rows, 1), state.memory, fresh))
         models = Models(state.reference, state.value_params)
         rows, metrics = layout.paced(prepare(fixed, jax.random.fold_in(key_rows, 2), models, rollout))
@@ -304,13 +313,16 @@ def compose(
         (params, average), finish_metrics = layout.paced(
             finish((params, average), fixed, Models(state.reference, value_params), rows)
         )
-        metrics |= history[-1] | finish_metrics | shown | {f"reward/{name}": jnp.mean(v) for name, v in parts_of_r.items()}
+        metrics |= history[-1] | finish_metrics | shown | {f"reward/{name}": jnp.mean(v) for name, v in terms.items()}
         if "max_log_ratio" in history[0]:
             metrics["first_log_ratio"] = history[0]["max_log_ratio"]
-        return State(params, state.reference, value_params, opt, value_opt, memory, average), Info(metrics, ends, r, cond)
+        return State(params, state.reference, value_params, opt, value_opt, memory, average), Info(
+            metrics, ends, fresh.reward, cond
+        )
 
-    programs = Programs(draw, collect, annotate, remember, prepare, shuffle, select, update, finish)
-    return Algorithm(init, step, _calls(objective, estimator, critic, trust_region, training, rows_in_all), programs, fixed)
+    programs = Programs(draw, collect, annotate, join, remember, prepare, shuffle, select, update, finish)
+    calls = _calls(objective, estimator, critic, trust_region, training, rows_in_all)
+    return Algorithm(init, step, calls, programs, fixed, training.rollouts)
 
 
 def _is_array(v: Any) -> bool:

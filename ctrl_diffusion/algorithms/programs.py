@@ -47,15 +47,18 @@ def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Pa
 
     fixed = placed(algorithm.fixed, layout.parameters)
     cond = placed(call("draw", key), layout.batch)
-    path, ends, _ = call("collect", fixed, key, params, cond, jax.ShapeDtypeStruct((), jnp.int32))
+    path, ends, of_part = call("collect", fixed, key, params, cond, jax.ShapeDtypeStruct((), jnp.int32))
     path = path._replace(
         t=placed(path.t, layout.replicated),
         **{name: placed(getattr(path, name), partial(layout.batch, axis=1)) for name in ("x", "noise")},
     )
-    a_old, a_ref, x_hat, _ = call("annotate", fixed, params, reference, path, cond)
-    batch, n = ends.shape[0], a_old.shape[0]
-    r, r_hat = jax.ShapeDtypeStruct((batch,), ends.dtype), jax.ShapeDtypeStruct((n, batch), ends.dtype)
-    fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, cond))  # pyright: ignore[reportArgumentType]
+    of_part = placed(of_part, layout.batch)
+    a_old, a_ref, x_hat, _ = call("annotate", fixed, params, reference, path, of_part)
+    size, n = ends.shape[0], a_old.shape[0]
+    r, r_hat = jax.ShapeDtypeStruct((size,), ends.dtype), jax.ShapeDtypeStruct((n, size), ends.dtype)
+    fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, of_part))  # pyright: ignore[reportArgumentType]
+    if algorithm.rollouts > 1:
+        fresh = rollout(call("join", [fresh] * algorithm.rollouts, [{}] * algorithm.rollouts)[0])
     _, trained_on = call("remember", key, memory, fresh)
     rows, _ = call("prepare", fixed, key, models, rollout(trained_on))
     rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), partial(layout.batch, axis=1))

@@ -92,11 +92,16 @@ class Training(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The compiled programs of an iteration; `select` and `update` run once per minibatch (see `programs.lower`)."""
+    """The compiled programs of an iteration (see `programs.lower`).
+
+    `collect` and `annotate` run once for each of `rollouts` parts, which `join` joins if there are several; `select` and `update` run
+    once per minibatch.
+    """
 
     draw: Any
     collect: Any
     annotate: Any
+    join: Any
     remember: Any
     prepare: Any
     shuffle: Any
@@ -118,3 +123,5 @@ class Algorithm(NamedTuple):
     programs: Programs
     fixed: Any
     """The arrays that control and reward hold, which nothing changes: the first argument of programs that need them."""
+    rollouts: int = 1
+    """Parts that the paths of an iteration are sampled in."""
