@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
+from .chunks import in_chunks
 from .parallel import from_local_rows, local_rows
 
 
@@ -72,17 +73,21 @@ def black_box(fn: Callable[..., Any], name: str | None = None, *, conditional: b
     return Reward(name or _name(fn), fn, False, conditional=conditional)
 
 
-def seen_through(view: Callable[[Float[Array, "b *x"]], Float[Array, "b *y"]], reward: Reward | Callable) -> Reward:
+def seen_through(
+    view: Callable[[Float[Array, "b *x"]], Float[Array, "b *y"]], reward: Reward | Callable, *, chunk: int | None = None
+) -> Reward:
     """The reward of `view(x)`, for example of images that a decoder makes of latents.
 
-    `view` is a JAX function or a callable pytree; it runs on the devices, for a black box as well.
+    `view` is a JAX function or a callable pytree; it runs on the devices, for a black box as well. With `chunk` a differentiable reward
+    sees so many samples at a time (`in_chunks`): never are there more views than those.
     """
     reward = as_reward(reward)
-    parts = tuple((weight, seen_through(view, part)) for weight, part in reward.parts)
+    parts = tuple((weight, seen_through(view, part, chunk=chunk)) for weight, part in reward.parts)
     if not reward.differentiable:
         first = view if reward.view is None else _Chain(view, reward.view)
         return Reward(reward.name, reward.fn, False, parts, reward.conditional, first)
-    return Reward(reward.name, _Compiled(_Chain(view, reward.fn)), True, parts, reward.conditional)
+    seen = _Chain(view, reward.fn)
+    return Reward(reward.name, _Compiled(seen if chunk is None else _Chunks(seen, chunk)), True, parts, reward.conditional)
 
 
 class _Chain(eqx.Module):
@@ -93,6 +98,16 @@ class _Chain(eqx.Module):
 
     def __call__(self, x: Any, *args: Any) -> Any:
         return self.then(self.first(x), *args)
+
+
+class _Chunks(eqx.Module):
+    """`fn`, `size` rows at a time."""
+
+    fn: Callable[..., Any]
+    size: int = eqx.field(static=True)
+
+    def __call__(self, *rows: Any) -> Any:
+        return in_chunks(self.fn, self.size)(*rows)
 
 
 def weighted_sum(*parts: tuple[float, Reward | Callable]) -> Reward:

@@ -74,7 +74,7 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     contexts = sd.encode_prompts(model, [*prompts, *held_out, config.negative_prompt])
     decode = sd.decoder(model.vae, config.decode_chunk)
     judged = make_reward(config.reward, config.reward_weights, [*prompts, *held_out], config.reward_folder, config.decode_chunk)
-    reward = cd.seen_through(decode, judged)
+    reward = cd.seen_through(decode, judged, chunk=config.decode_chunk)
     require_gradient(config.algorithm, reward)
     return Parts(
         model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts[:-1], contexts[-1], decode, reward

@@ -215,3 +215,20 @@ def test_rewards_of_a_view():
     assert set(seen) == {np.ndarray}
     gradient = jax.grad(lambda x: jnp.sum(cd.seen_through(double, smooth)(x)))(x)
     np.testing.assert_allclose(gradient, 2)
+
+
+def test_views_of_a_few_samples_at_a_time():
+    """No more views are made than `chunk`, whatever a reward does with them."""
+    sizes = []
+
+    def double(x):
+        sizes.append(len(x))
+        return 2 * x
+
+    x, cond = jnp.arange(10.0).reshape(5, 2), jnp.arange(5)
+    scaled = cd.differentiable(lambda x, cond: jnp.sum(x, axis=1) * cond, "scaled", conditional=True)
+    reward = cd.seen_through(double, scaled, chunk=2)
+    np.testing.assert_allclose(evaluate(reward, x, cond), 2 * x.sum(1) * cond)
+    gradient = jax.grad(lambda x: jnp.sum(reward(x, cond)))(x)
+    np.testing.assert_allclose(gradient, jnp.broadcast_to(2.0 * cond[:, None], x.shape))
+    assert set(sizes) == {1, 2}
