@@ -20,8 +20,9 @@ Result = dict[str, Any]
 
 
 def write_report(out: Path, results: Sequence[Result]) -> None:
-    """`table.md`, `gaps.png`, and `frontier.png` if the ring is among the problems."""
-    write_atomic(out / "table.md", table(results))
+    """`table.md` (the overview first, if there are several problems), `gaps.png`, and `frontier.png` if the ring is among the problems."""
+    several = len({result["problem"] for result in results}) > 1
+    write_atomic(out / "table.md", (f"Relative gaps (%)\n\n{overview(results)}\n" if several else "") + table(results))
     write_atomic(out / "gaps.png", png(_gaps(results), 140))
     if any(result["problem"] == "ring_linear" for result in results):
         write_atomic(out / "frontier.png", png(_frontier([r for r in results if r["problem"] == "ring_linear"]), 140))
@@ -72,6 +73,18 @@ def table(results: Sequence[Result]) -> str:
             f"{calls[2]:.2f}", f"{np.mean([r['wall_seconds'] for r in found]):.0f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def overview(results: Sequence[Result]) -> str:
+    """Relative gaps in %, a row per algorithm and a column per problem; empty where an algorithm does not apply."""
+    groups = _groups(results)
+    problems, algorithms = ([k for k in known if any(k in key for key in groups)] for known in (PROBLEMS, ENTRIES))
+    lines = ["| algorithm | " + " | ".join(problems) + " |", "|---" * (1 + len(problems)) + "|"]
+    for algorithm in algorithms:
+        found = [groups.get((problem, algorithm)) for problem in problems]
+        cells = ["" if rows is None else _text(_mean(rows, "relative_gap"), 2, 100) for rows in found]
+        lines.append(f"| {algorithm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import power
 from experiments import exact as leaderboard
+from experiments.exact_report import overview
 from experiments.exact_units import (
     DIFFUSION,
     ENTRIES,
@@ -62,6 +63,16 @@ def test_policies_start_at_the_reference_and_see_what_is_said(problem):
     learned = jax.jacfwd(lambda x: control(other, t, x[None])[0] - reference(None, t, x[None])[0])(x[0])
     alone = np.eye(len(learned), dtype=bool)
     np.testing.assert_array_equal(learned != 0, alone if problem == "double_well" else np.ones_like(alone))
+
+
+def test_the_overview_has_means_over_seeds_and_gaps_where_there_are_none():
+    def row(algorithm, problem, gap):
+        return {"algorithm": algorithm, "problem": problem, "relative_gap": gap}
+
+    rows = [row("dpok", "ring_linear", 0.03), row("dpok", "ring_linear", 0.05), row("ddpo", "ring_linear", None)]
+    rows += [row("dpok", "double_well", 0.1)]
+    assert overview(rows).splitlines()[0] == "| algorithm | ring_linear | double_well |"
+    assert overview(rows).splitlines()[2:] == ["| ddpo | - |  |", "| dpok | 4.00 ± 1.00 | 10.00 |"]
 
 
 def test_what_does_not_apply_has_a_reason():
