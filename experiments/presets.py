@@ -29,6 +29,7 @@ class Choice(NamedTuple):
         learns_value: whether it trains the value network.
         priced: whether the published method prices the path KL; if not, its default price is 0.
         differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
+        needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
     """
 
     make: Callable[[Settings], cd.Algorithm]
@@ -36,6 +37,7 @@ class Choice(NamedTuple):
     learns_value: bool = False
     priced: bool = True
     differentiates: bool = False
+    needs_several: bool = False
 
 
 def _trpo(s: Settings) -> cd.Algorithm:
@@ -91,7 +93,9 @@ ALGORITHMS: dict[str, Choice] = {
     ),
     "rwr": Choice(lambda s: cd.rwr(s.objective, s.training), "reward-weighted likelihood of the reference's paths"),
     "vidd": Choice(lambda s: cd.vidd(s.objective, s.training), "value-weighted likelihood of the reference's steps"),
-    "log_variance": Choice(lambda s: cd.log_variance(s.objective, s.training), "log-variance of path weights"),
+    "log_variance": Choice(
+        lambda s: cd.log_variance(s.objective, s.training), "log-variance of path weights", needs_several=True
+    ),
     "nabla_db": Choice(
         lambda s: cd.nabla_db(s.objective, s.value, s.training),
         "gradients of detailed balance",

@@ -139,10 +139,10 @@ def check(config: Config) -> None:
         raise ValueError(
             f"eta={config.eta} must be positive: without noise a policy does not explore, and its path KL is infinite."
         )
-    if config.algorithm == "log_variance" and config.samples_per_prompt < 2:
+    if choose(config.algorithm).needs_several and config.samples_per_prompt < 2:
         raise ValueError(
-            f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for log_variance: it is the variance among the images "
-            "of a prompt."
+            f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for {config.algorithm}: it compares the images of "
+            "a prompt."
         )
     if config.evaluation_samples < 2:
         raise ValueError(f"evaluation_samples={config.evaluation_samples} must be at least 2: standard errors need several.")
