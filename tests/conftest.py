@@ -1,10 +1,19 @@
-"""Every test runs with the shapes and dtypes in the library's annotations checked, on the CPU unless asked otherwise."""
+"""Every test runs with the shapes and dtypes in the library's annotations checked, on the CPU unless asked otherwise.
+
+Programs that several tests compile are compiled once: workers and the processes that tests start share a cache on disk that
+goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
+"""
 
 import importlib.util
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from the first process
+    CACHE = tempfile.TemporaryDirectory(prefix="ctrl-diffusion-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jaxtyping
 import pytest

@@ -213,7 +213,7 @@ def test_the_devices_sample_while_the_host_judges(monkeypatch):
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
     monkeypatch.setattr(module, "evaluate_parts", lambda *args: events.append("host") or judge(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
-    assert events[:6] == ["device", "device", "device", "host", "host", "device"]  # the first draws conditions, here none
+    assert events[:8] == ["device"] * 5 + ["host", "host", "device"]  # conditions (here none), then paths and their actions
 
 
 def test_statistics_of_a_minibatch_are_not_accumulated():

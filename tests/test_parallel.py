@@ -17,9 +17,9 @@ import safetensors.numpy
 REPOSITORY = Path(__file__).parent.parent
 
 
-def environment(devices):
+def environment(devices, **others):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | others
 
 
 @pytest.mark.slow
@@ -34,10 +34,11 @@ def parameters(out):
 
 
 def killed(out, point, devices=1):
+    """A run that ends at a point, with programs that it compiled itself."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed", str(out), point],
         cwd=REPOSITORY,
-        env=environment(devices),
+        env=environment(devices, JAX_ENABLE_COMPILATION_CACHE="0"),
         capture_output=True,
         text=True,
     )
