@@ -102,8 +102,10 @@ LINEAR = ("gaussian_quadratic", "quadratic_ou_easy", "quadratic_ou_hard", "linea
 """Problems whose optimal control is linear in the state."""
 FOR_THIS_PROBLEM: dict[tuple[str, str], Budget] = {
     **{("adjoint_matching", name): MATCHING._replace(iterations=150) for name in LINEAR},
+    **{("adjoint_matching", name): MATCHING._replace(batch=512) for name in ("ring_linear", "ring_quadratic")},
     ("adjoint_matching", "double_well"): MATCHING._replace(batch=512, learning_rate=1e-3, times=100),
     ("log_variance", "double_well"): TRAJECTORY._replace(iterations=400),
+    **{("path_consistency", name): TRAJECTORY._replace(iterations=300) for name in ("ring_linear", "ring_quadratic")},
 }
 
 
