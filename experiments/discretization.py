@@ -37,7 +37,7 @@ from .discretization_cells import (
     bandwidth_of,
     collect,
 )
-from .discretization_config import Config as Config, filled, resolve
+from .discretization_config import NOT_IDENTIFYING, Config as Config, filled, resolve
 from .discretization_figures import write_figures
 from .discretization_summary import METHODS, NAMES, PRICED, summarise, table, verdict
 from .distances import Target, energy_distance, make_target, noise_floor
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     begin = time.perf_counter()
     config = resolve(config)
     layout = config.devices.start()
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "devices")}
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in NOT_IDENTIFYING}
     directory = RunDirectory(config.out, settings)
     if directory.metrics is not None:
         print(f"{config.out} holds this run, finished: see {config.out / 'curves.png'}. Choose another --out to run again.")
@@ -125,7 +125,7 @@ class Experiment:
         self.bandwidth = bandwidth_of(self.images.x)
         self.settings = {
             name: v for name, v in dataclasses.asdict(config).items()
-            if name not in ("out", "full", "seeds", "solvers", "steps", "etas", "devices")
+            if name not in (*NOT_IDENTIFYING, "full", "seeds", "solvers", "steps", "etas")
         }  # fmt: skip
         half = np.random.default_rng(0).permutation(len(self.images.x))[: len(self.images.x) // 2]
         assert self.images.y is not None
@@ -171,7 +171,7 @@ class Experiment:
         """Parameters and seconds of a finished part; runs it if it is not."""
         folder = self.folder(seed, name)
         if not exists_for_all(folder / "result.json"):
-            run = RunDirectory(folder, self.settings)
+            run = RunDirectory(folder, self.settings, self.config.use_previous_checkpoint)
             print(f"seed {seed}: {NAMES[name]}")
             params, seconds = train(seed, run)
             run.close()

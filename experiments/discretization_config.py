@@ -67,8 +67,14 @@ class Config:
     """Reference samples whose reweighted law is what distances are measured to."""
     optimum_steps: int = 192
     """Steps of exponential Euler at eta 1 for those."""
+    use_previous_checkpoint: bool = False
+    """If the newest checkpoint of a part cannot be read, delete it and resume from the one before."""
     devices: Devices = Devices()
     """Devices that share training and sampling."""
+
+
+NOT_IDENTIFYING = ("out", "use_previous_checkpoint", "devices")
+"""Settings that a run may be continued without."""
 
 
 def filled(value: int | None) -> int:

@@ -195,14 +195,15 @@ def test_chunks_leave_rows_on_their_devices():
     np.testing.assert_array_equal(double(x), 2 * np.asarray(x))
 
 
-def test_rollouts_in_parts_are_the_same_paths():
-    alone, info = iteration("pathwise, one step", Layout(), minibatches=1)
-    state, found = iteration("pathwise, one step", Layout(), minibatches=1, rollouts=4, reward=cd.differentiable(EXACT.reward))
+@pytest.mark.parametrize("name", ["pathwise, one step", "matching the adjoint"])
+def test_rollouts_in_parts_are_the_same_paths(name):
+    alone, info = iteration(name, Layout(), minibatches=1)
+    state, found = iteration(name, Layout(), minibatches=1, rollouts=4, reward=cd.differentiable(EXACT.reward))
     np.testing.assert_array_equal(found.samples, info.samples)
     for a, b in zip(leaves(state), leaves(alone)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="rollouts=5 must divide batch=32"):
-        iteration("pathwise, one step", Layout(), rollouts=5)
+        iteration(name, Layout(), rollouts=5)
 
 
 def test_the_devices_sample_while_the_host_judges(monkeypatch):

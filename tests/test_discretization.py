@@ -112,6 +112,23 @@ def test_a_run_that_was_cut_off_ends_with_the_same_cells(finished, tmp_path):
     assert "finished" in printed.getvalue()
 
 
+def test_a_damaged_checkpoint_is_named_and_can_be_done_without(finished, tmp_path):
+    out, metrics = finished
+    run = tmp_path / "run"
+    shutil.copytree(out, run)
+    (run / "metrics.json").unlink()
+    (run / "seed-1" / "ddpo" / "result.json").unlink()
+    checkpoints = run / "seed-1" / "ddpo" / "checkpoints" / "finetune"
+    newest = max(checkpoints.iterdir(), key=lambda folder: int(folder.name))
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"finetune/{newest.name} cannot be read .* or pass --use-previous-checkpoint"):
+        discretization.run(dataclasses.replace(TINY, out=run))
+    again = discretization.run(dataclasses.replace(TINY, out=run, use_previous_checkpoint=True))
+    assert again["cells"] == metrics["cells"]
+
+
 BAD = {
     "solver": (dict(solvers=("ExponentialEuler", "Milstein")), "solvers: 'Milstein' is not one of ExponentialEuler"),
     "train-solver": (dict(train_solver="UniPC", solvers=("UniPC",)), "train_solver='UniPC' at train_eta=1 has no likelihood"),

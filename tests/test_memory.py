@@ -76,6 +76,20 @@ def test_memory_of_an_update_does_not_depend_on_the_length_of_paths(name):
     assert max(sizes) - min(sizes) <= 8 * 4 * max(STEPS), sizes
 
 
+def test_the_adjoint_is_computed_for_a_part_of_the_paths_at_a_time():
+    """Memory besides results, of a network that takes more than the paths: with a quarter of them less than half."""
+    control, params = cd.score_control(cd.ResidualMLP(SHAPE, SHAPE, width=512, depth=1, rngs=nnx.Rngs(0)), PROCESS)
+    sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))
+
+    def memory(parts):
+        training = cd.Training(optax.adam(1e-3), batch=512, rollouts=parts)
+        chosen = cd.Objective(sampler, cd.differentiable(mean), kl_weight=1.0)
+        lowered = cd.algorithms.lower(cd.adjoint_matching(chosen, training), Layout(), params)
+        return lowered["prepare"].compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(4) < memory(1) / 2
+
+
 def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

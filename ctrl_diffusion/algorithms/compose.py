@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from ..chunks import in_chunks
 from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls, Models
 from ..estimators.base import require_price
@@ -164,13 +165,25 @@ def compose(
     def at_starts(v):
         return v if len(starts) == n else v[starts]
 
+    def signal_of(objective: Objective, models: Models, rollout: Rollout, values):
+        """The estimator's signal; where it takes networks, of as many paths at a time as are sampled at a time."""
+        if training.rollouts == 1 or not estimator.signal_is_of_paths:
+            return estimator.signal(objective, critic, models, rollout, values)
+
+        def of_part(paths: Rollout, values):
+            part = over_paths(lambda axis, v: jnp.moveaxis(v, 0, axis), paths)._replace(t=rollout.t)
+            return jnp.moveaxis(estimator.signal(objective, critic, models, part, values.T), 1, 0)
+
+        paths = over_paths(lambda axis, v: jnp.moveaxis(v, axis, 0), rollout)._replace(t=None)  # pyright: ignore[reportArgumentType]
+        return jnp.moveaxis(in_chunks(of_part, batch // training.rollouts)(paths, values.T), 0, 1)
+
     @jax.jit
     def prepare(fixed, key, models: Models, rollout: Rollout):
         """Values, targets and signals, as rows."""
         objective = bound(fixed)
         values = critic.values(models.value, rollout)
         target = critic.targets(objective, rollout, values)
-        signal = estimator.signal(objective, critic, models, rollout, values)
+        signal = signal_of(objective, models, rollout, values)
         columns = Rows(
             j=at_starts(jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))),
             x=at_starts(rollout.x[:-1]),

@@ -68,7 +68,7 @@ class Training(NamedTuple):
         minibatches: updates per pass; must divide the number of rows: `batch * intervals` (or times), `batch` for whole paths.
         value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
         rollouts: parts that an iteration's paths are sampled in: while a black-box reward judges one on the host, the devices are busy
-            with the next. The same paths.
+            with the next. The same paths. What networks tell of whole paths (the lean adjoint) is computed for a part at a time too.
         times: which times of a path make rows (default: every one that the estimator uses).
         layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
         accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient.

@@ -46,6 +46,11 @@ class AbstractEstimator(eqx.Module):
         """Whether the loss is a mean over rows, so that it may be worked through in parts."""
         return True
 
+    @property
+    def signal_is_of_paths(self) -> bool:
+        """Whether `signal` evaluates networks and treats paths independently, so that it is worth computing for a few at a time."""
+        return False
+
     def starts(self, objective: Objective) -> np.ndarray:
         """The control intervals that rows are made of (all, unless said otherwise)."""
         return np.arange(objective.intervals)

@@ -97,6 +97,10 @@ class Matching(AbstractEstimator):
                 "matching regresses on std^2 / (lambda psi) grad V, and a step of this chain has no noise: use eta > 0."
             )
 
+    @property
+    def signal_is_of_paths(self) -> bool:
+        return True
+
     def signal_calls(self, critic: Critic) -> Calls:
         """The reference's derivative: along the path, or inside the value."""
         inside = critic.value.uses_reward
