@@ -42,7 +42,7 @@ class Config:
     out: Path = Path("runs/exact")
     """Folder for results, table and figures."""
     quick: bool = False
-    """Four algorithms on the ring, with an eighth of the iterations."""
+    """Four algorithms on the ring, with a twelfth of the iterations."""
     full: bool = False
     """Every algorithm on every problem that it applies to, three seeds."""
     algorithms: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ def _budget(config: Config, algorithm: str, problem: str) -> Budget:
     budget = budget_for(algorithm, problem)
     if config.iterations is not None:
         return budget._replace(iterations=config.iterations)
-    return budget._replace(iterations=max(1, budget.iterations // 8)) if config.quick else budget
+    return budget._replace(iterations=max(1, budget.iterations // 12)) if config.quick else budget
 
 
 def run(config: Config) -> dict[str, Any]:
