@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import queue
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,9 +154,14 @@ def _solved(todo: list[Unit], workers: int, layout: Layout, results: Results) ->
             free.put(worker)
 
     with contextlib.ExitStack() as stack:
+        programs = stack.enter_context(tempfile.TemporaryDirectory(prefix="exact-", ignore_cleanup_errors=True))
         for cores in shares(workers):
             worker = concurrent.futures.ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cores,), max_tasks_per_child=24
+                1,
+                multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(cores, programs),
+                max_tasks_per_child=24,
             )
             free.put(stack.enter_context(worker))
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
@@ -179,10 +185,13 @@ def shares(workers: int) -> list[set[int]]:
     return [set(cores[i::workers] if len(cores) >= workers else cores) for i in range(workers)]
 
 
-def _start_worker(cores: set[int]) -> None:
-    """Keep to these cores, if any are named; end with the parent, so that a run that is killed leaves no worker behind."""
+def _start_worker(cores: set[int], programs: str | None = None) -> None:
+    """Keep to these cores, and share compiled programs in a folder, if they are named; end with the parent, even if that is killed."""
     if cores:
         os.sched_setaffinity(0, cores)
+    if programs is not None:
+        jax.config.update("jax_compilation_cache_dir", programs)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

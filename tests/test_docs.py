@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import ctrl_diffusion
-from experiments import digits, pod_plan, text_to_image
+from experiments import digits, pod_plan, solver_cost, text_to_image
 from experiments.glossary import GLOSSARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,7 +243,11 @@ def test_every_option_is_listed_with_its_default():
 
 @each_page
 def test_options_that_are_mentioned_exist(page):
-    known = {f"--{f.name.replace('_', '-')}" for c in (digits, pod_plan, text_to_image) for f in dataclasses.fields(c.Config)}
+    known = {
+        f"--{f.name.replace('_', '-')}"
+        for c in (digits, pod_plan, solver_cost, text_to_image)
+        for f in dataclasses.fields(c.Config)
+    }
     for span in spans(page):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
             assert option in known | {"--help"}, option

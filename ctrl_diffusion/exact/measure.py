@@ -113,16 +113,22 @@ class Ruler:
         for start in range(0, total, size):
             first = min(start, total - size)  # the last chunk overlaps the one before
             keys = self.keys[first : first + size]
-            done = _integrals(self.problem, drive, control, other, params, keys, self.steps, self.solver)
+            path = _paths(self.problem, drive, params, keys, self.steps, self.solver)
+            done = _along(self.problem, control, other, params, path)
             parts.append([np.asarray(z, np.float64)[start - first :] for z in done])
         return PathIntegrals(*(np.concatenate(column) for column in zip(*parts)))
 
 
 @eqx.filter_jit
-def _integrals(problem, drive, control, other, params, keys, steps, solver):
+def _paths(problem, drive, params, keys, steps, solver):
+    """Apart from what is integrated along them: drawing takes most of the compiler's time, and is the same for all integrands."""
+    sampler = Sampler(problem.process, drive, problem.shape, grid=problem.grid(steps), solver=solver, dtype=jnp.zeros(()).dtype)
+    return sampler.trajectory(params, keys)
+
+
+@eqx.filter_jit
+def _along(problem, control, other, params, path):
     process = problem.process
-    sampler = Sampler(process, drive, problem.shape, grid=problem.grid(steps), solver=solver, dtype=jnp.zeros(()).dtype)
-    path = sampler.trajectory(params, keys)
 
     def rates(tx):
         t, x = tx
