@@ -74,7 +74,7 @@ class Config:
 
 
 NOT_IDENTIFYING = ("out", "use_previous_checkpoint", "devices")
-"""Settings that a run may be continued without."""
+"""Settings that may change when a run is continued."""
 
 
 def filled(value: int | None) -> int:

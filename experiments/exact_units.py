@@ -98,14 +98,15 @@ BUDGETS: dict[str, Budget] = {
     **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PRICE),
 }
 DEFAULT = Budget()
+RINGS = ("ring_linear", "ring_quadratic")
 LINEAR = ("gaussian_quadratic", "quadratic_ou_easy", "quadratic_ou_hard", "linear_ou")
 """Problems whose optimal control is linear in the state."""
 FOR_THIS_PROBLEM: dict[tuple[str, str], Budget] = {
     **{("adjoint_matching", name): MATCHING._replace(iterations=150) for name in LINEAR},
-    **{("adjoint_matching", name): MATCHING._replace(batch=512) for name in ("ring_linear", "ring_quadratic")},
+    **{("adjoint_matching", name): MATCHING._replace(batch=512) for name in RINGS},
     ("adjoint_matching", "double_well"): MATCHING._replace(batch=512, learning_rate=1e-3, times=100),
     ("log_variance", "double_well"): TRAJECTORY._replace(iterations=400),
-    **{("path_consistency", name): TRAJECTORY._replace(iterations=300) for name in ("ring_linear", "ring_quadratic")},
+    **{("path_consistency", name): TRAJECTORY._replace(iterations=300) for name in RINGS},
 }
 
 
@@ -241,7 +242,6 @@ FIXED_POINTS: dict[str, Callable[[Lab], Control]] = {
     "score_as_action_published": mean_value_action,
     "sqdf": discounted_guess_action,
 }
-RINGS = ("ring_linear", "ring_quadratic")
 
 
 def structured_value(place: Lab) -> cd.AbstractValue:
