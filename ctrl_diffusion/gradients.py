@@ -1,4 +1,4 @@
-"""The gradient of a mean over rows: part by part in time, device by device in space, and reduced once."""
+"""A mean over rows and its gradient: part by part in time, device by device in space, and reduced once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from .objective import Rows
-from .parallel import BATCH, DATA, FSDP, Layout
+from .parallel import BATCH, DATA, FSDP, ONE_DEVICE, Layout
 from .process import Params
 
 Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
@@ -32,23 +32,15 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
         return lambda params, rows: loss(params, rows, given)
 
     def in_parts(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
-        def split(v):
-            return jnp.moveaxis(v.reshape((v.shape[0] // parts, parts) + v.shape[1:]), 1, 0)
+        def one(part):
+            return jax.value_and_grad(loss, has_aux=True)(params, part, given)
 
-        def one(gradient, part):
-            found, change = jax.value_and_grad(loss, has_aux=True)(params, part, given)
-            return jax.tree.map(lambda a, b: a + b / parts, gradient, change), found
-
-        divided = jax.tree.map(split, rows)
-        if not alone and not whole_parameters:
-            divided = layout.constrain(divided, lambda tree: layout.batch(tree, 1))
-        gradient, (value, metrics) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), divided)
-        return (jnp.mean(value), _combined(metrics, jnp.mean, jnp.max)), gradient
+        return mean_in_parts(one, rows, ONE_DEVICE if whole_parameters else layout, parts)
 
     def on_each(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
         (value, metrics), gradient = in_parts(params, rows, given)
         axes = (DATA, FSDP)
-        maxima = {name: jax.lax.pmax(v, axes) for name, v in metrics.items() if _is_maximum(name)}
+        maxima = {name: jax.lax.pmax(v, axes) for name, v in metrics.items() if name.startswith("max_")}
         means = {name: v for name, v in metrics.items() if name not in maxima}
         value, means, gradient = jax.lax.pmean((value, means, gradient), axes)
         return (value, means | maxima), gradient
@@ -77,12 +69,31 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
     return total
 
 
-def _is_maximum(name: str) -> bool:
-    return name.startswith("max_")
+def mean_in_parts(mean: Callable[[Any], Any], rows: Any, layout: Layout = ONE_DEVICE, parts: int = 1) -> Any:
+    """`mean(rows)`, a tree of means over rows, from those of `parts` equal parts, one after the other: in the memory of one.
+
+    Entries named `max_...` are maxima. Of `n` parts the first has the rows `0, n, 2 n, ...`, so that every device has its share of each.
+    """
+    if parts == 1:
+        return mean(rows)
+    divided = jax.tree.map(lambda v: jnp.moveaxis(v.reshape((v.shape[0] // parts, parts) + v.shape[1:]), 1, 0), rows)
+    divided = layout.constrain(divided, lambda tree: layout.batch(tree, 1))
+    first = jax.eval_shape(mean, jax.tree.map(lambda v: v[0], divided))
+
+    def start(path: Any, v: jax.ShapeDtypeStruct) -> Array:
+        return jnp.full(v.shape, -jnp.inf if _is_maximum(path) else 0, v.dtype)
+
+    def add(path: Any, total: Array, part: Array) -> Array:
+        return jnp.maximum(total, part) if _is_maximum(path) else total + part / parts
+
+    def one(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map_with_path(add, total, mean(part)), None
+
+    return jax.lax.scan(one, jax.tree.map_with_path(start, first), divided)[0]
 
 
-def _combined(metrics: dict[str, Any], mean: Callable, maximum: Callable) -> dict[str, Any]:
-    return {name: (maximum if _is_maximum(name) else mean)(v) for name, v in metrics.items()}
+def _is_maximum(path: Any) -> bool:
+    return any(isinstance(key, jax.tree_util.DictKey) and str(key.key).startswith("max_") for key in path)
 
 
 def _no_cotangent(v):

@@ -5,6 +5,7 @@ in nats, the same whatever the step count.
 """
 
 import abc
+from functools import partial
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float
 
 from .estimators.base import per_path
 from .exploration import shift
-from .gradients import Loss
+from .gradients import Loss, mean_in_parts
 from .objective import Objective, Rows
+from .parallel import ONE_DEVICE, Layout
 from .predictions import expand
 from .process import Params
 
@@ -35,8 +37,10 @@ class AbstractTrustRegion(eqx.Module):
     def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows) -> tuple[Params, Any, dict[str, Any]]:
         """One update on a minibatch."""
 
-    def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
-        """One update on all rows of an iteration."""
+    def finish(
+        self, objective: Objective, loss: Loss, params: Params, rows: Rows, layout: Layout = ONE_DEVICE, parts: int = 1
+    ) -> tuple[Params, dict[str, Any]]:
+        """One update on all rows of an iteration, which are worked through in `parts` on the devices of `layout`."""
         return params, {}
 
     def loss_evaluations(self, rows: int, epochs: int) -> int:
@@ -76,6 +80,7 @@ class NaturalGradient(AbstractTrustRegion):
         backtracks: halvings of the KL.
         fisher_rows: how many rows `F` is averaged over, evenly spread over times and samples; `None`: all. Far fewer than there are
             parameters, and the direction grows where these rows have no say: the line search then gives most of the step back.
+            Of rows that are worked through in parts (`Training.accumulation`), every part has as many.
     """
 
     once: ClassVar[bool] = True
@@ -107,16 +112,21 @@ class NaturalGradient(AbstractTrustRegion):
         fisher = rows if self.fisher_rows is None else min(rows, self.fisher_rows)
         return 2 * rows + 2 * (self.iterations + 1) * fisher
 
-    def finish(self, objective: Objective, loss: Loss, params: Params, rows: Rows) -> tuple[Params, dict[str, Any]]:
-        (before, loss_metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
+    def finish(
+        self, objective: Objective, loss: Loss, params: Params, rows: Rows, layout: Layout = ONE_DEVICE, parts: int = 1
+    ) -> tuple[Params, dict[str, Any]]:
+        mean = partial(mean_in_parts, layout=layout, parts=parts)
+        (before, loss_metrics), gradient = mean(partial(jax.value_and_grad(loss, has_aux=True), params), rows)
         states = per_path(rows)[0] if rows.j.ndim == 2 else rows
         count = len(states.j)
-        spread = np.linspace(0, count - 1, min(self.fisher_rows or count, count)).round().astype(int)
+        fisher_rows = max(min(self.fisher_rows or count, count) // parts, 1) * parts
+        spread = np.linspace(0, count - 1, fisher_rows).round().astype(int)
         by_time = jnp.argsort(states.j)
         some = jax.tree.map(lambda v: v[by_time[spread]], states)
 
         def damped(v):
-            return optax.tree.add_scale(fisher_product(objective, params, some, v), self.damping, v)
+            product = mean(lambda part: fisher_product(objective, params, part, v), some)
+            return optax.tree.add_scale(product, self.damping, v)
 
         direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, maxiter=self.iterations)
         curvature = optax.tree.vdot(direction, damped(direction))
@@ -125,7 +135,8 @@ class NaturalGradient(AbstractTrustRegion):
 
         def attempt(i):
             candidate = optax.tree.add_scale(params, -longest * 0.5 ** (0.5 * i), direction)
-            return candidate, moved_kl(objective, candidate, params, states), loss(candidate, rows)[0]
+            kl = mean(lambda part: moved_kl(objective, candidate, params, part), states)
+            return candidate, kl, mean(lambda part: loss(candidate, part)[0], rows)
 
         def rejected(carry):
             i, _, kl, after = carry

@@ -157,6 +157,23 @@ def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
     assert max(used) > 0.5 * radius  # and uses it
 
 
+def test_trpo_in_parts_is_trpo():
+    """One update in one part and in four, in float64: the same rows, so that only the order of sums differs."""
+    with jax.enable_x64(True):
+        found = []
+        sampler = cd.Sampler(PROCESS, control, (1,), grid=grid(25), dtype=jnp.float64)
+        problem = cd.Objective(sampler, cd.differentiable(PROBLEM.reward), PROBLEM.kl_weight)
+        for parts in (1, 4):
+            training = cd.Training(cd.NaturalGradient(0.03), 64, accumulation=parts)
+            algorithm = cd.score_as_action(problem, EXACT.value, training)
+            found.append(algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3))))
+    (one, info), (four, info_in_parts) = found
+    assert np.max(np.abs(one.params)) > 0.01
+    np.testing.assert_allclose(four.params, one.params, rtol=1e-8)
+    for name in ("policy_loss", "update_kl", "backtracks", "max_log_ratio"):
+        np.testing.assert_allclose(info_in_parts.metrics[name], info.metrics[name], rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("steps", [10, 50, 200])
 def test_the_radius_means_the_same_at_any_number_of_steps(steps):
     """One update at 10, 50, 200 equal control steps moves the policy by the same path KL, measured on one fine grid."""

@@ -90,6 +90,20 @@ def test_the_adjoint_is_computed_for_a_part_of_the_paths_at_a_time():
     assert memory(4) < memory(1) / 2
 
 
+def test_a_natural_gradient_takes_a_part_of_the_rows_at_a_time():
+    """Gradient, Fisher products and line search: memory besides results with an eighth of the rows is less than half."""
+    control, params = cd.score_control(cd.ResidualMLP(SHAPE, SHAPE, width=512, depth=1, rngs=nnx.Rngs(0)), PROCESS)
+    sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))
+
+    def memory(parts):
+        training = cd.Training(cd.NaturalGradient(0.1), batch=2048, accumulation=parts)
+        algorithm = cd.ddpo(cd.Objective(sampler, cd.differentiable(mean)), training)
+        lowered = cd.algorithms.lower(algorithm, Layout(), params)
+        return lowered["finish"].compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < memory(1) / 2
+
+
 def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

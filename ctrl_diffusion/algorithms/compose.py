@@ -265,7 +265,7 @@ def compose(
         """The update on all rows, of a trust region that makes one, of the parameters and their average."""
         params, average = policy
         loss = partial(policy_loss, given=(fixed, models))
-        params, metrics = trust_region.finish(bound(fixed), loss, params, rows)
+        params, metrics = trust_region.finish(bound(fixed), loss, params, rows, layout, parts)
         if trust_region.once:
             average = averaged(params, average)
         return layout.constrain((params, average), layout.parameters), metrics

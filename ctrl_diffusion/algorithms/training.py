@@ -71,7 +71,8 @@ class Training(NamedTuple):
             with the next. The same paths. What networks tell of whole paths (the lean adjoint) is computed for a part at a time too.
         times: which times of a path make rows (default: every one that the estimator uses).
         layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
-        accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient.
+        accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient. The rows
+            of a natural gradient are all those of an iteration.
         average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
         stratified: every `minibatches` consecutive rows (times of a path, then paths) are dealt out, one to each minibatch, instead of
             all rows being shuffled. Rows then stay on their devices, whose exchange otherwise grows with the batch; the expected
