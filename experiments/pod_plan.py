@@ -1,4 +1,4 @@
-"""What a run would need on a slice of a TPU pod, from its real programs compiled ahead of time; no TPU is needed.
+"""What a run would need on a slice of a TPU pod or on GPUs, from its real programs compiled ahead of time; neither is needed.
 
     python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 3 --out runs/pod_plan
 
@@ -29,7 +29,7 @@ from ctrl_diffusion.states import memory_shardings
 from .commandline import execute, require_at_least, require_known
 from .files import write_atomic
 from .pod_plan_cases import EXPERIMENTS, Case, Settings
-from .pod_plan_chips import HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
+from .pod_plan_chips import COMPILERS, HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
 from .pod_plan_hlo import account, by_kind
 from .pod_plan_report import table, write_figure
 
@@ -41,13 +41,13 @@ class Config(Settings):
     """What is planned for. Options without a default are the experiment's own."""
 
     topology: str = "v5e:4x4"
-    """Generation and sides of the slice: v4, v5p (three sides), v5e, v6e (two sides), as v5e:16x16 or v5p:4x4x8."""
+    """Generation and sides of the slice: v4, v5p (three sides), v5e, v6e (two sides), as v5e:16x16 or v5p:4x4x8; or GPUs, as h100:8."""
     experiment: str = "digits"
     """Which experiment: digits, or text_to_image (LoRA of Stable Diffusion 1.5)."""
     out: Path | None = None
     """Folder for `metrics.json`, `table.md` and `pod_plan.png` (default: print only)."""
     slices: tuple[str, ...] | None = None
-    """Slices for weak scaling, as v5e:2x2 v5e:4x4 (default: 4, 8, ..., 256 chips; none: give the option without any)."""
+    """Slices for weak scaling, as v5e:2x2 v5e:4x4 (default: 4, 8, ..., 256 chips; 1, 2, 4, 8 GPUs; none: the option alone)."""
     compiles: int = 6
     """How many batches to compile at most in search of the largest one that fits (0: no search)."""
     batch: int | None = None
@@ -72,7 +72,7 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
     for name, program in lowered.items():
         begin = time.perf_counter()
         try:
-            compiled = program.compile()
+            compiled = program.compile(COMPILERS[where.chip.platform].options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

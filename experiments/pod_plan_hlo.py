@@ -183,8 +183,8 @@ def account(text: str, chips: int) -> Account:
         nonlocal flops, bf16_flops, hbm_bytes, unknown
         inside = computations[name]
         for op in inside.ops.values():
-            if op.kind in ("dot", "convolution"):
-                work = times * _product_flops(op, inside)
+            if op.kind in ("dot", "convolution") or _library_call(op):
+                work = times * (_library_flops(op, inside) if _library_call(op) else _product_flops(op, inside))
                 precision = re.search(r"operand_precision=\{(\w+)", op.attributes)
                 flops, bf16_flops = flops + work, bf16_flops + work * PASSES.get(precision[1] if precision else "", 1)
             kind = op.kind.removesuffix("-start")
@@ -229,6 +229,32 @@ def _product_flops(op: Op, inside: Computation) -> int:
         steps = int(number("stride")), int(number("lhs_dilate")), int(number("rhs_dilate"))
         result *= _positions(*sizes, *steps, int(low))
     return result
+
+
+def _library_call(op: Op) -> str:
+    """The product that a library for GPUs is called for, as `cudnn$convForward`; otherwise empty."""
+    found = (
+        re.search(r'custom_call_target="__(cudnn\$conv\w+|cublas\$[\w$]+)"', op.attributes)
+        if op.kind == "custom-call"
+        else None
+    )
+    return found[1] if found else ""
+
+
+def _library_flops(op: Op, inside: Computation) -> int:
+    """Of a product of matrices, or of a convolution or its gradients, padding included."""
+    target, first, second = _library_call(op), *(inside.ops[name].shapes[0] for name in op.operands[:2])
+    if target.startswith("cublas"):
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
+        assert contracted is not None, op
+        return 2 * math.prod(op.shapes[0].dims) * math.prod(first.dims[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+    labels = re.search(r"dim_labels=\w+_(\w+)->", op.attributes)
+    assert labels is not None, op
+    forward, weights = {
+        "cudnn$convBackwardInput": (first, second),
+        "cudnn$convBackwardFilter": (second, op.shapes[0]),
+    }.get(target, (op.shapes[0], second))
+    return 2 * math.prod(forward.dims) * math.prod(weights.dims) // weights.dims[labels[1].index("o")]
 
 
 def _positions(n: int, window: int, out: int, stride: int, left_dilation: int, right_dilation: int, pad: int) -> int:
@@ -298,7 +324,7 @@ def _constant(name: str, inside: Computation) -> int | None:
 
 def _traffic(op: Op, inside: Computation, computations: dict[str, Computation]) -> int:
     """Bytes that an instruction reads from and writes to HBM; of slices of an array, those of the slices."""
-    if op.kind in NO_TRAFFIC or op.kind.endswith("-start"):
+    if op.kind in NO_TRAFFIC and not _library_call(op) or op.kind.endswith("-start"):
         return 0
     if op.kind.endswith("-done"):  # a transfer between HBM and the chip, or between chips
         return sum(shape.nbytes for shape in op.shapes)

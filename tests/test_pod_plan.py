@@ -1,4 +1,4 @@
-"""Plans for TPU slices: what is read off compiled programs against counts by hand, and the digits compiled for a small slice."""
+"""Plans for TPU slices and GPUs: what is read off compiled programs against counts by hand, and the digits compiled for a small slice."""
 
 import json
 import os
@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import pod_plan, pod_plan_chips
-from experiments.pod_plan_chips import CHIPS, ENVIRONMENT, HOP_SECONDS, collective_seconds, describe, parse_slice, usual_slices
+from experiments.pod_plan_chips import (
+    CHIPS,
+    COMPILERS,
+    ENVIRONMENT,
+    HOP_SECONDS,
+    collective_seconds,
+    describe,
+    parse_slice,
+    usual_slices,
+)
 from experiments.pod_plan_hlo import Collective, Shape, account, by_kind
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +192,52 @@ def test_memory_traffic_is_that_with_hbm():
     assert Shape("pred", (7,), "0").hbm_bytes == 7
 
 
+GPU = """HloModule m
+ENTRY %main (x: bf16[4,8,8,3], w: bf16[5,3,3,3], a: bf16[6,10], b: bf16[10,7]) -> bf16[6,7] {
+  %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
+  %w = bf16[5,3,3,3]{3,2,1,0} parameter(1)
+  %a = bf16[6,10]{1,0} parameter(2)
+  %b = bf16[10,7]{1,0} parameter(3)
+  %y = (bf16[4,8,8,5]{3,2,1,0}, u8[64]{0}) custom-call(%x, %w), LABELS, custom_call_target="__cudnn$convForward"
+  %z = bf16[4,8,8,5]{3,2,1,0} get-tuple-element(%y), index=0
+  %dx = (bf16[4,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%z, %w), LABELS, custom_call_target="__cudnn$convBackwardInput"
+  %dw = (bf16[5,3,3,3]{3,2,1,0}, u8[0]{0}) custom-call(%x, %z), LABELS, custom_call_target="__cudnn$convBackwardFilter"
+  %other = (bf16[6,10]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="__other"
+  ROOT %c = bf16[6,7]{1,0} custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{DIMENSIONS}}
+}
+"""
+
+
+def test_products_of_libraries_for_gpus():
+    """A convolution and its two gradients take the same, padding included; each reads its operands and writes its results."""
+    text = GPU.replace("LABELS", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f")
+    text = text.replace(
+        "DIMENSIONS", '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
+    )
+    found = account(text, 1)
+    assert found.flops == 3 * 2 * (4 * 8 * 8) * 9 * 3 * 5 + 2 * 6 * 10 * 7
+    x, w, y = 2 * 4 * 8 * 8 * 3, 2 * 9 * 3 * 5, 2 * 4 * 8 * 8 * 5
+    assert found.hbm_bytes == 3 * (x + w + y) + 64 + 2 * (60 + 70 + 42)
+
+
+@pytest.mark.slow
+def test_a_program_for_a_gpu_does_what_it_says():
+    """Products of matrices and a convolution with its gradients, compiled for a GPU that is not there."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the compiler for GPUs: pip install 'jax[cuda12]'")
+    where = parse_slice("topology", "h100:1")
+    sharding = jax.sharding.SingleDeviceSharding(describe(where)[0])
+    shapes = (4, 16, 16, 32), (3, 3, 32, 64), (48, 80), (80, 96)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+
+    def f(x, w, a, b):
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.tanh(y)) + jnp.sum(jnp.tanh(a @ b))
+
+    compiled = jax.jit(jax.grad(f, (0, 1, 2, 3))).lower(*arguments).compile(COMPILERS["cuda"].options)
+    found = account(compiled.as_text() or "", 1)
+    assert found.flops == 3 * 2 * (4 * 16 * 16) * 9 * 32 * 64 + 3 * 2 * 48 * 80 * 96
+
+
 def test_collectives_of_a_compiled_program():
     """On the devices that there are."""
     mesh = jax.make_mesh((jax.device_count(),), ("x",), (jax.sharding.AxisType.Auto,))
@@ -209,6 +264,10 @@ def test_seconds_by_hand():
         assert collective_seconds(Collective("all-to-all", number, n, 1), where) == pytest.approx(exchange)
         assert collective_seconds(Collective("collective-permute", number, n, 1), where) == pytest.approx(4e-3 + HOP_SECONDS)
         assert collective_seconds(Collective("all-reduce", number, 1, 1), where) == 0
+    switched = parse_slice("topology", "h100:8")  # every GPU reaches every other by its own link to the switch
+    assert collective_seconds(Collective("all-to-all", number, 8, 1), switched) == pytest.approx(
+        7 / 8 * number / 450e9 + HOP_SECONDS
+    )
     sizes = {"v5p:2x2x1": (2, 2), "v5p:2x4x4": (3, 7), "v5p:4x4x4": (6, 6), "v4:4x4x8": (6, 8)}
     for name, expected in sizes.items():
         where = parse_slice("topology", name)
@@ -225,6 +284,8 @@ def test_slices_are_checked():
         "v3:2x2": "must be a generation",
         "v4:4x4": "a slice of v4 has 3 sides",
         "v5e:3x3": "the first two even",
+        "h100:2x2": "a machine has 1 to 8 GPUs",
+        "h100:9": "a machine has 1 to 8 GPUs",
     }.items():
         with pytest.raises(ValueError, match=f"topology='{text}'.*{message}"):
             parse_slice("topology", text)
@@ -233,14 +294,16 @@ def test_slices_are_checked():
 @pytest.mark.parametrize("name", CHIPS)
 def test_usual_slices_double(name):
     slices = usual_slices(CHIPS[name])
-    assert [v.chips for v in slices] == [4, 8, 16, 32, 64, 128, 256]
+    assert [v.chips for v in slices] == ([1, 2, 4, 8] if name == "h100" else [4, 8, 16, 32, 64, 128, 256])
     assert all(parse_slice("slices", v.name) == v for v in slices)
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
+def test_without_a_compiler_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(pod_plan_chips.importlib.util, "find_spec", lambda name: None)
     assert pod_plan.main(["--topology", "v5e:2x2"]) == 1
     assert "libtpu is not installed" in (error := capsys.readouterr().err) and "'.[experiments,tpu]'" in error
+    assert pod_plan.main(["--topology", "h100:1"]) == 1
+    assert "jax_cuda12_plugin is not installed" in (error := capsys.readouterr().err) and "'jax[cuda12]'" in error
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert any(text.startswith("jax[tpu]") for text in extras["tpu"])
 
@@ -346,7 +409,7 @@ def test_digits_on_four_chips(plan, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.platform == "tpu"])
 def test_memory_is_what_the_compiler_says(name):
     """A program with an argument larger than the memory of a chip is refused, with what there is, GiB."""
     pytest.importorskip("libtpu", reason="needs libtpu, the compiler for TPUs: the extra `tpu`")
