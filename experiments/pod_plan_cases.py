@@ -49,6 +49,8 @@ class Settings:
     """Parts that the paths of an iteration are sampled in (only text_to_image)."""
     times: int | None = None
     """Timesteps of every path that are trained on (only text_to_image)."""
+    attention: Literal["xla", "cudnn"] | None = None
+    """What computes attention (only text_to_image): cudnn for GPUs."""
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (only text_to_image)."""
     stratified: bool = False

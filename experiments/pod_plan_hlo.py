@@ -234,7 +234,7 @@ def _product_flops(op: Op, inside: Computation) -> int:
 def _library_call(op: Op) -> str:
     """The product that a library for GPUs is called for, as `cudnn$convForward`; otherwise empty."""
     found = (
-        re.search(r'custom_call_target="__(cudnn\$conv\w+|cublas\$[\w$]+)"', op.attributes)
+        re.search(r'custom_call_target="__(cudnn\$(?:conv|fmha)\w+|cublas\$[\w$]+)"', op.attributes)
         if op.kind == "custom-call"
         else None
     )
@@ -242,12 +242,17 @@ def _library_call(op: Op) -> str:
 
 
 def _library_flops(op: Op, inside: Computation) -> int:
-    """Of a product of matrices, or of a convolution or its gradients, padding included."""
+    """Of a product of matrices, of a convolution, padding included, of flash attention (two products), or of their gradients.
+
+    Attention's gradient has five products, as it computes the matrix of attention again.
+    """
     target, first, second = _library_call(op), *(inside.ops[name].shapes[0] for name in op.operands[:2])
     if target.startswith("cublas"):
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
         assert contracted is not None, op
         return 2 * math.prod(op.shapes[0].dims) * math.prod(first.dims[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+    if target.startswith("cudnn$fmha"):  # [b, n, heads, d] and [b, m, heads, d]
+        return 2 * (5 if target.endswith("Backward") else 2) * math.prod(first.dims) * second.dims[1]
     labels = re.search(r"dim_labels=\w+_(\w+)->", op.attributes)
     assert labels is not None, op
     forward, weights = {

@@ -68,6 +68,8 @@ class Config:
     """Of frozen parameters and of computation; latents, likelihoods, KL and LoRA are float32."""
     remat: bool = False
     """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """What computes attention: cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (default: all): less memory, where the device has no flash attention."""
     iterations: int = 10
@@ -144,6 +146,8 @@ def check(config: Config) -> None:
             f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for {config.algorithm}: it compares the images of "
             "a prompt."
         )
+    if config.attention == "cudnn" and config.precision != "bfloat16":
+        raise ValueError(f"attention='cudnn' takes bfloat16, not precision={config.precision!r}: pass --precision bfloat16.")
     if config.evaluation_samples < 2:
         raise ValueError(f"evaluation_samples={config.evaluation_samples} must be at least 2: standard errors need several.")
     numbers = (

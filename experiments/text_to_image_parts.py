@@ -84,10 +84,10 @@ def load_parts(config: Config, layout: Layout) -> Parts:
 def network_options(config: Config) -> dict[str, Any]:
     """How the networks compute, as keyword arguments of them all."""
     dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    found: dict[str, Any] = dict(dtype=config.precision, param_dtype=dtype, remat=config.remat)
+    attention = sd.flash_attention if config.attention == "cudnn" else jax.nn.dot_product_attention
     if config.attention_chunk is not None:
-        found["attention"] = sd.chunked_attention(config.attention_chunk)
-    return found
+        attention = sd.chunked_attention(config.attention_chunk, attention)
+    return dict(dtype=config.precision, param_dtype=dtype, remat=config.remat, attention=attention)
 
 
 def make_sampler(config: Config, parts: Parts, *, steps: int, eta: float, solver: str = "ExponentialEuler") -> cd.Sampler:

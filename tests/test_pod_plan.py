@@ -193,15 +193,20 @@ def test_memory_traffic_is_that_with_hbm():
 
 
 GPU = """HloModule m
-ENTRY %main (x: bf16[4,8,8,3], w: bf16[5,3,3,3], a: bf16[6,10], b: bf16[10,7]) -> bf16[6,7] {
+ENTRY %main (x: bf16[4,8,8,3], w: bf16[5,3,3,3], a: bf16[6,10], b: bf16[10,7], q: bf16[2,16,8,4], k: bf16[2,12,8,4]) -> bf16[6,7] {
   %x = bf16[4,8,8,3]{3,2,1,0} parameter(0)
   %w = bf16[5,3,3,3]{3,2,1,0} parameter(1)
   %a = bf16[6,10]{1,0} parameter(2)
   %b = bf16[10,7]{1,0} parameter(3)
+  %q = bf16[2,16,8,4]{3,2,1,0} parameter(4)
+  %k = bf16[2,12,8,4]{3,2,1,0} parameter(5)
   %y = (bf16[4,8,8,5]{3,2,1,0}, u8[64]{0}) custom-call(%x, %w), LABELS, custom_call_target="__cudnn$convForward"
   %z = bf16[4,8,8,5]{3,2,1,0} get-tuple-element(%y), index=0
   %dx = (bf16[4,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%z, %w), LABELS, custom_call_target="__cudnn$convBackwardInput"
   %dw = (bf16[5,3,3,3]{3,2,1,0}, u8[0]{0}) custom-call(%x, %z), LABELS, custom_call_target="__cudnn$convBackwardFilter"
+  %h = (bf16[2,8,16,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
+  %g = bf16[2,8,16,4]{3,1,2,0} get-tuple-element(%h), index=0
+  %dh = (bf16[2,8,16,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k, %g), custom_call_target="__cudnn$fmhaSoftmaxBackward"
   %other = (bf16[6,10]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="__other"
   ROOT %c = bf16[6,7]{1,0} custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{DIMENSIONS}}
 }
@@ -209,15 +214,17 @@ ENTRY %main (x: bf16[4,8,8,3], w: bf16[5,3,3,3], a: bf16[6,10], b: bf16[10,7]) -
 
 
 def test_products_of_libraries_for_gpus():
-    """A convolution and its two gradients take the same, padding included; each reads its operands and writes its results."""
+    """A convolution and its two gradients take the same, padding included; attention has two products of `n m d`, its gradient five.
+    Each reads its operands and writes its results."""
     text = GPU.replace("LABELS", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f")
     text = text.replace(
         "DIMENSIONS", '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
     )
     found = account(text, 1)
-    assert found.flops == 3 * 2 * (4 * 8 * 8) * 9 * 3 * 5 + 2 * 6 * 10 * 7
+    assert found.flops == 3 * 2 * (4 * 8 * 8) * 9 * 3 * 5 + 2 * 6 * 10 * 7 + (2 + 5) * 2 * (2 * 8) * (16 * 12 * 4)
     x, w, y = 2 * 4 * 8 * 8 * 3, 2 * 9 * 3 * 5, 2 * 4 * 8 * 8 * 5
-    assert found.hbm_bytes == 3 * (x + w + y) + 64 + 2 * (60 + 70 + 42)
+    q, k = 2 * 2 * 16 * 8 * 4, 2 * 2 * 12 * 8 * 4
+    assert found.hbm_bytes == 3 * (x + w + y) + 64 + 2 * (60 + 70 + 42) + (2 * q + 2 * k) + (3 * q + 2 * k)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctrl_diffusion.stable_diffusion import chunked_attention
+from ctrl_diffusion.stable_diffusion import chunked_attention, flash_attention
+from experiments.pod_plan_chips import COMPILERS, describe, parse_slice
 
 
 def arrays(n=10, m=7):
@@ -47,6 +48,44 @@ def test_memory_is_that_of_a_chunk():
 
     assert temporary(jax.nn.dot_product_attention) >= 1
     assert temporary(chunked_attention(n // 32)) < 0.5
+
+
+FLASH = {
+    "self-attention": ((2, 64, 8, 40), {}, jnp.bfloat16, "cudnn"),
+    "causal": ((2, 64, 8, 40), {"is_causal": True}, jnp.bfloat16, "cudnn"),
+    "float32": ((2, 64, 8, 40), {}, jnp.float32, None),
+    "another context": ((2, 77, 8, 40), {}, jnp.bfloat16, None),
+    "large heads": ((2, 64, 1, 512), {}, jnp.bfloat16, None),
+    "odd heads": ((2, 64, 8, 42), {}, jnp.bfloat16, None),
+    "masked": ((2, 64, 8, 40), {"mask": True}, jnp.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_is_for_what_its_kernels_take(name, monkeypatch):
+    """Anything else is computed as without it."""
+    shape, options, dtype, expected = FLASH[name]
+    called = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **given: called.append(given) or q)
+    q, k = jnp.zeros((2, 64, *shape[2:]), dtype), jnp.zeros(shape, dtype)
+    flash_attention(q, k, k, **options)
+    assert called == [{"is_causal": False, "implementation": expected} | options]
+
+
+@pytest.mark.slow
+def test_flash_attention_compiled_for_a_gpu_holds_no_matrix():
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the compiler for GPUs: pip install 'jax[cuda12]'")
+    n, heads = 1024, 8
+    sharding = jax.sharding.SingleDeviceSharding(describe(parse_slice("topology", "h100:1"))[0])
+    shape = jax.ShapeDtypeStruct((1, n, heads, 40), jnp.bfloat16, sharding=sharding)
+
+    def temporary(attention):
+        gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2)))
+        compiled = gradient.lower(shape, shape, shape).compile(COMPILERS["cuda"].options)
+        return compiled.memory_analysis().temp_size_in_bytes / (2 * heads * n * n)
+
+    assert temporary(jax.nn.dot_product_attention) >= 1
+    assert temporary(flash_attention) < 0.2
 
 
 def test_a_chunk_has_queries():
