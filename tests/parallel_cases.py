@@ -26,6 +26,7 @@ from ctrl_diffusion.estimators import (
     value_gradient,
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
+from ctrl_diffusion.stable_diffusion import GuidedScore, Noising
 from ctrl_diffusion.values import NoValue
 from experiments.discretization_cells import Samplers, collect
 from experiments.exact_units import budget_for, solve
@@ -167,6 +168,16 @@ def test_accumulation_gives_the_same_update(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_natural_gradient_in_parts_is_the_same_update():
+    """In float64; also where parameters are divided."""
+    with jax.enable_x64(True):
+        alone = iteration("natural gradient", Layout(), minibatches=1)[0]
+        for layout in ("two", "four by two"):
+            state = iteration("natural gradient", layouts()[layout], minibatches=1, accumulation=4)[0]
+            for a, b in zip(leaves(state), leaves(alone)):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
 def test_stratified_minibatches_do_not_depend_on_the_devices(name):
     """Rows that are (time, sample) pairs, and rows that are paths."""
@@ -193,6 +204,21 @@ def test_chunks_leave_rows_on_their_devices():
     double = jax.jit(in_chunks(lambda x: 2 * x, 16))
     assert collectives(double.lower(x).compile().as_text()) == []
     np.testing.assert_array_equal(double(x), 2 * np.asarray(x))
+
+
+def test_both_branches_of_guidance_are_on_the_device_of_their_row():
+    """The compiled guided score exchanges nothing; of two prompts, the second is the row's."""
+    layout, noising = layouts()["eight"], Noising()
+    x = layout.put(jnp.arange(256.0).reshape(16, 2, 2, 4) / 256, layout.batch)
+    prompt = layout.put(jnp.ones(16, jnp.int32), layout.batch)
+    contexts, empty = jnp.asarray([[[5.0]], [[3.0]]]), jnp.asarray([[1.0]])
+    process, half = noising.process(10, 1.0), jnp.asarray(0.5)
+    denoise = lambda params, base, x, timesteps, context: x * context[:, :, :, None]  # noqa: E731
+    score = jax.jit(lambda x, prompt: GuidedScore(denoise, (), contexts, empty, 2.0, noising, process)((), half, x, prompt))
+    assert collectives(score.lower(x, prompt).compile().as_text()) == []
+    tau = jnp.full(16, process.tau(half))
+    expected = noising.prediction.to_score(process.schedule, tau, x, x * (1 + 2 * (3 - 1)))
+    np.testing.assert_allclose(score(x, prompt), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pathwise, one step", "matching the adjoint"])

@@ -52,9 +52,10 @@ class GuidedScore(eqx.Module):
         if self.guidance == 1:
             prediction = self.denoise(params, self.base, x, timesteps, context)
         else:
-            both = jnp.concatenate([context, jnp.broadcast_to(self.empty, context.shape)])
-            found = self.denoise(params, self.base, jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps]), both)
-            text, empty = jnp.split(found, 2)
+            # the branches of a row one after the other, so that both are on its device
+            both = jnp.stack([context, jnp.broadcast_to(self.empty, context.shape)], 1).reshape(-1, *self.empty.shape)
+            found = self.denoise(params, self.base, jnp.repeat(x, 2, 0), jnp.repeat(timesteps, 2), both)
+            text, empty = jnp.moveaxis(found.reshape(-1, 2, *x.shape[1:]), 1, 0)
             prediction = empty + self.guidance * (text - empty)
         return self.noising.prediction.to_score(self.process.schedule, tau, x, prediction)
 
