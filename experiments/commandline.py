@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from .xla_flags import faster_convolutions
+
 C = TypeVar("C")
 
 
@@ -23,6 +25,7 @@ def execute(
     """
     options: Any = {} if default is None else {"default": default}
     parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **options)
+    faster_convolutions()
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:
