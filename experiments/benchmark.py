@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from ctrl_diffusion.stable_diffusion import save_network
 
 from .benchmark_check import QUICK, check, exact
 from .benchmark_figure import write_figure
+from .benchmark_floor import floor, large_product, operations
 from .benchmark_gradient import memory, update_of_whole_chain
 from .benchmark_unet import (
     Coefficients,
@@ -182,13 +184,26 @@ def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: 
     return sides, about | other.versions()
 
 
-def measure(sides: list[Side], config: Config) -> None:
-    """Times of all sides that have something to call."""
+def measure(sides: list[Side], config: Config, counts: Mapping[str, float]) -> dict[str, list[float]]:
+    """Times of all sides that have something to call; returns the floor of each kind, given its operations."""
     present = [side for side in sides if side.sample is not None]
+    product, size = large_product()
+    floors = {}
     for kind in KINDS:
         rounds = [_call(side, kind, config.minibatches) for side in present]
-        for side, seconds in zip(present, interleaved(rounds, config.repeats, config.pause, kind)):
+        *found, products = interleaved([*rounds, product], config.repeats, config.pause, kind)
+        for side, seconds in zip(present, found):
             side.seconds[kind] = seconds
+        floors[kind] = floor(counts[kind], products, size)
+    return floors
+
+
+def count(task: Task, c: Coefficients) -> dict[str, float]:
+    """Operations of the networks of a rollout, and of the loss and its gradient of an update."""
+    network, states, rows = predict(task.graphdef), task.recorded.path.x, task.minibatch(0)
+    once = operations(network, task.params, states[0], jnp.broadcast_to(c.t[0], states.shape[1:2]))
+    update = operations(jax.value_and_grad(lambda params, rows: surrogate(network, c, params, rows)), task.params, rows)
+    return {"rollout": len(c.t) * once, "update": update}
 
 
 def _call(side: Side, kind: str, minibatches: int) -> Callable[[], Any]:
@@ -203,8 +218,9 @@ def _call(side: Side, kind: str, minibatches: int) -> Callable[[], Any]:
     return call
 
 
-def rows_of(sides: list[Side], per_call: dict[str, int]) -> list[dict[str, Any]]:
-    """A row per side: seconds and samples per second (median, lower and upper quartile), errors, and a reason where there are none."""
+def rows_of(sides: list[Side], per_call: dict[str, int], floors: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """A row per side: seconds, samples per second and share of the peak rate (median, lower and upper quartile), errors, and a reason
+    where there are none."""
     rows = []
     for side in sides:
         row: dict[str, Any] = {"name": side.name, "reason": side.reason, "compile_seconds": side.compile_seconds, **side.errors}
@@ -212,6 +228,7 @@ def rows_of(sides: list[Side], per_call: dict[str, int]) -> list[dict[str, Any]]
             seconds = side.seconds.get(kind)
             row[f"{kind}_seconds"] = None if seconds is None else quartiles(seconds)
             row[f"{kind}_samples_per_second"] = None if seconds is None else quartiles([samples / s for s in seconds])
+            row[f"{kind}_share_of_peak"] = None if seconds is None else ratio(floors[kind], seconds)
         rows.append(row)
     return rows
 
@@ -267,12 +284,12 @@ def run(config: Config) -> dict[str, Any]:
 
             set_precision(True)
         with jax.default_matmul_precision(precision):
-            measure(sides, config)
+            floors = measure(sides, config, count(task, c))
             gradient = gradient_metrics(config) if config.gradient else {}
     rows_per_update = config.batch * config.steps // config.minibatches
     metrics = compared(sides) | gradient
     metrics |= {
-        "sides": rows_of(sides, {"rollout": config.batch, "update": rows_per_update}),
+        "sides": rows_of(sides, {"rollout": config.batch, "update": rows_per_update}, floors),
         "device": jax.devices()[0].device_kind,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
@@ -292,14 +309,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any], targets: Mapping[str, float] = TARGETS) -> str:
-    """The result in words: a line per side, a line per target."""
+    """The result in words: a line per side, a line per target; percentages are shares of the rate of a product of large matrices."""
     lines = []
     for row in metrics["sides"]:
         if row["reason"]:
             lines.append(f"{row['name']:18} {row['reason']}")
             continue
-        speeds = {kind: row.get(f"{kind}_samples_per_second") for kind in KINDS}
-        shown = [f"{v[0]:10.4g} {UNITS[kind]}" for kind, v in speeds.items() if v is not None]
+        speeds = [(UNITS[kind], row.get(f"{kind}_samples_per_second"), row.get(f"{kind}_share_of_peak")) for kind in KINDS]
+        shown = [f"{v[0]:10.4g} {unit} ({share[0]:.0%} of peak)" for unit, v, share in speeds if v is not None]
         lines.append(f"{row['name']:18} {' '.join(shown)}")
     for name, target in targets.items():
         if metrics[name] is not None:

@@ -28,9 +28,11 @@ from ctrl_diffusion.solvers import standard_normal
 
 from .benchmark import COMPILED, EAGER, OURS, SCAN, Side, compared, interleaved, rows_of, summary, torch_module
 from .benchmark_figure import write_figure
+from .benchmark_floor import floor, large_product, operations
 from .commandline import execute, require_at_least
 from .files import write_atomic
 from .random_model import Config as RandomModel, write_random_model
+from .text_to_image_parts import make_attention
 
 TINY = "tiny-random"
 KINDS = ("rollout",)
@@ -56,6 +58,8 @@ class Config:
     """Classifier-free guidance; each image takes two evaluations of the UNet a step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the UNet; latents are float32."""
+    attention: Literal["by-head", "xla", "cudnn"] | None = None
+    """What computes attention in JAX (default: that of `experiments.text_to_image` on the device)."""
     repeats: int = 9
     """Timed rounds, after two to warm up; a round calls every side once."""
     pause: float = 0.02
@@ -94,7 +98,8 @@ class Task(NamedTuple):
 def make_task(config: Config, folder: Path) -> Task:
     """The UNet of a folder under random contexts: what they say does not change the cost."""
     dtype = jnp.dtype(config.precision)
-    unet = sd.load_network(sd.UNet, folder / "unet", dtype=dtype, param_dtype=dtype, cast=True)
+    attention = make_attention(config.attention)
+    unet = sd.load_network(sd.UNet, folder / "unet", dtype=dtype, param_dtype=dtype, cast=True, attention=attention)
     noising = dataclasses.replace(sd.read_noising(folder / "scheduler" / "scheduler_config.json"), set_alpha_to_one=False)
     process, size = noising.process(config.steps), unet.config.sample_size or 64
     height, width = size if isinstance(size, tuple) else (size, size)
@@ -150,12 +155,13 @@ def by_hand(task: Task, guidance: float):
 
 
 def network_alone(task: Task):
-    """`call()`: one evaluation of the UNet on both branches, the floor of a step."""
+    """`call()`: one evaluation of the UNet on both branches, the floor of a step; and its operations."""
     control = task.sampler.control
     assert isinstance(control, sd.GuidedScore)
     x = jnp.concatenate([task.start, task.start])
     run = jax.jit(lambda params, base, x, contexts: control.denoise(params, base, x, jnp.full(len(x), 500.0), contexts))
-    return lambda: run(task.params, control.base, x, task.chain.contexts)
+    arguments = (task.params, control.base, x, task.chain.contexts)
+    return lambda: run(*arguments), operations(run, *arguments)
 
 
 def check(side: Side, latents, exact: np.ndarray, tolerance: float) -> None:
@@ -212,18 +218,21 @@ def run(config: Config) -> dict[str, Any]:
             assert side.sample is not None
             check(side, side.sample(), exact, tolerance)
         calls: list[Any] = [side.sample for side in present]
-        *seconds, alone = interleaved([*calls, network_alone(task)], config.repeats, config.pause, "rollout")
+        network, count = network_alone(task)
+        product, size = large_product(jnp.dtype(config.precision))
+        *seconds, alone, products = interleaved([*calls, network, product], config.repeats, config.pause, "rollout")
     for side, found in zip(present, seconds):
         side.seconds["rollout"] = found
     steps = len(task.chain.keep)
     metrics = compared(sides, KINDS) | {
         "network_share": float(np.median(steps * np.asarray(alone) / np.asarray(seconds[0]))),
-        "sides": rows_of(sides, {"rollout": config.batch}),
+        "sides": rows_of(sides, {"rollout": config.batch}, {"rollout": floor(steps * count, products, size)}),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         **about,
         "model": config.model,
         "precision": config.precision,
+        "attention": config.attention,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.params)),
         "batch": config.batch,
         "steps": steps,

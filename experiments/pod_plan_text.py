@@ -19,7 +19,14 @@ from .text_to_image_parts import Parts, make_algorithm, make_sampler, network_op
 def planned_config(given: dict[str, Any]) -> Config:
     """Settings of a LoRA run in bfloat16 with layers recomputed; `given` are those that differ."""
     own: dict[str, Any] = dict(
-        precision="bfloat16", remat=True, steps=50, batch=64, samples_per_prompt=1, minibatches=4, accumulation=50
+        precision="bfloat16",
+        remat=True,
+        steps=50,
+        batch=64,
+        samples_per_prompt=1,
+        minibatches=4,
+        accumulation=50,
+        attention="xla",
     )
     return Config(**(own | given))
 

@@ -68,10 +68,11 @@ class Config:
     """Of frozen parameters and of computation; latents, likelihoods, KL and LoRA are float32."""
     remat: bool = False
     """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
-    attention: Literal["xla", "cudnn"] = "xla"
-    """What computes attention: cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
+    attention: Literal["by-head", "xla", "cudnn"] | None = None
+    """What computes attention: by-head (default on CPUs) takes one image and head at a time, xla (default elsewhere) all at once; cudnn
+    are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
     attention_chunk: int | None = None
-    """Pixels that attend to all others at a time (default: all): less memory, where the device has no flash attention."""
+    """Pixels that attend to all others at a time (default: all, by-head 256): less memory, where the device has no flash attention."""
     iterations: int = 10
     """Fine-tuning iterations: sample, evaluate, update."""
     batch: int = 16

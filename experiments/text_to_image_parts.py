@@ -84,10 +84,16 @@ def load_parts(config: Config, layout: Layout) -> Parts:
 def network_options(config: Config) -> dict[str, Any]:
     """How the networks compute, as keyword arguments of them all."""
     dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    attention = sd.flash_attention if config.attention == "cudnn" else jax.nn.dot_product_attention
-    if config.attention_chunk is not None:
-        attention = sd.chunked_attention(config.attention_chunk, attention)
+    attention = make_attention(config.attention, config.attention_chunk)
     return dict(dtype=config.precision, param_dtype=dtype, remat=config.remat, attention=attention)
+
+
+def make_attention(name: str | None, chunk: int | None = None) -> sd.AttentionFn:
+    """The function of `--attention` and `--attention-chunk`; `None` is what suits the device."""
+    if name == "by-head" or (name is None and jax.default_backend() == "cpu"):
+        return sd.head_by_head(chunk or 256)
+    attention = sd.flash_attention if name == "cudnn" else jax.nn.dot_product_attention
+    return attention if chunk is None else sd.chunked_attention(chunk, attention)
 
 
 def make_sampler(config: Config, parts: Parts, *, steps: int, eta: float, solver: str = "ExponentialEuler") -> cd.Sampler:

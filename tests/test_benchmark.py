@@ -6,12 +6,14 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import benchmark, benchmark_text_to_image
 from experiments.benchmark_check import exact
+from experiments.benchmark_floor import SIDE, floor, large_product, operations
 from experiments.benchmark_unet import TIMESTEPS, coefficients, make_task
 
 TINY = benchmark.Config(batch=4, steps=3, minibatches=2, channels=(8,), repeats=2, pause=0.0, compiled=False, gradient=False)
@@ -36,13 +38,14 @@ def test_all_sides_are_checked_timed_and_drawn(tmp_path):
     ours, scan, eager, compiled = metrics["sides"]
     for row in (ours, scan, *([eager] if TORCH else [])):
         assert row["reason"] == "" and row["update_samples_per_second"][0] > 0
+        assert 0 < row["rollout_share_of_peak"][0] < 1 and 0 < row["update_share_of_peak"][0] < 1
         for what in ("samples", "loss", "gradient"):
             assert 0 < row[f"{what}_error"] <= row[f"{what}_tolerance"] < 0.05
     assert compiled["rollout_seconds"] is None and compiled["reason"]
     assert all(metrics[name] is None or metrics[name] > 0 for name in benchmark.TARGETS)
     assert (metrics["rollout_speedup_over_torch"] is not None) == TORCH
     assert metrics["rows_per_update"] == 6 and (not TORCH or metrics["torch_threads"] >= 1)
-    assert "images/s" in benchmark.summary(metrics)
+    assert "% of peak)" in benchmark.summary(metrics)
 
 
 @pytest.mark.slow
@@ -95,6 +98,18 @@ def test_ratios_are_those_of_rounds():
     assert found["rollout_ratio_to_scan"] == 1.0 and found["rollout_ratio_to_scan_quartiles"] == [0.75, 1.5]
     assert found["update_speedup_over_torch"] == 3.0 and found["update_faster_torch"] == "d"  # 3/1, 20/10, 8/2
     assert benchmark.compared([ours, scan])["update_speedup_over_torch"] is None
+
+
+def test_the_floor_is_the_operations_at_the_rate_of_a_product(task):
+    assert operations(jnp.matmul, jnp.ones((3, 5)), jnp.ones((5, 7))) == 2 * 3 * 5 * 7
+    product, size = large_product()
+    assert size == operations(jnp.matmul, product(), product()) == 2 * SIDE["cpu"] ** 3
+    assert floor(10.0, [1.0, 2.0], 20.0) == [0.5, 1.0]
+    once = benchmark.count(task, coefficients(task.process, task.objective.sampler.ts))
+    network = jax.tree.leaves(task.params)
+    pixels = max(leaf.size for leaf in network)  # of the largest kernel: it is used at least once a row and step
+    assert once["rollout"] > TINY.batch * TINY.steps * 2 * pixels
+    assert 2 < once["update"] / (once["rollout"] / TINY.minibatches) < 4  # backward: two products for each forward
 
 
 @pytest.mark.slow

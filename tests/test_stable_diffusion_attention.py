@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctrl_diffusion.stable_diffusion import chunked_attention, flash_attention
+from ctrl_diffusion.stable_diffusion import chunked_attention, flash_attention, head_by_head
 from experiments.pod_plan_chips import COMPILERS, describe, parse_slice
 
 
@@ -15,29 +15,40 @@ def arrays(n=10, m=7):
     return q, k, v, jax.random.bernoulli(keys[3], 0.7, (2, 1, 1, m)).at[..., 0].set(True)
 
 
+@pytest.mark.parametrize("split", [chunked_attention, head_by_head])
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 11])
 @pytest.mark.parametrize("masked", [False, True])
-def test_chunks_of_queries_change_nothing(size, masked):
+def test_parts_of_attention_change_nothing(split, size, masked):
     q, k, v, mask = arrays()
     options = {"mask": mask} if masked else {}
 
     def total(attention):
         return lambda *qkv: jnp.sum(jnp.sin(attention(*qkv, **options)))
 
-    whole, chunked = jax.nn.dot_product_attention, chunked_attention(size)
+    whole, chunked = jax.nn.dot_product_attention, split(size)
     np.testing.assert_allclose(chunked(q, k, v, **options), whole(q, k, v, **options), rtol=1e-5, atol=1e-6)
     for a, b in zip(*(jax.grad(total(f), argnums=(0, 1, 2))(q, k, v) for f in (chunked, whole))):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_causal_attention_is_left_whole():
+@pytest.mark.parametrize("split", [chunked_attention, head_by_head])
+def test_causal_attention_is_left_whole(split):
     q, k, v, _ = arrays(m=10)
-    np.testing.assert_array_equal(
-        chunked_attention(2)(q, k, v, is_causal=True), jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    )
+    np.testing.assert_array_equal(split(2)(q, k, v, is_causal=True), jax.nn.dot_product_attention(q, k, v, is_causal=True))
 
 
-def test_memory_is_that_of_a_chunk():
+def test_half_precision_of_one_head_is_rounded_no_more_than_of_all():
+    """Logits and softmax in float32: the error is that of weights and values in bfloat16, two roundings of 2^-9 of values up to 4."""
+    q, k, v, _ = arrays(64, 64)
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in half))
+    found = head_by_head(16)(*half)
+    assert found.dtype == jnp.bfloat16
+    assert float(jnp.max(jnp.abs(found.astype(jnp.float32) - exact))) < 2 * 4 * 2**-9
+
+
+@pytest.mark.parametrize("split", [chunked_attention, head_by_head])
+def test_memory_is_that_of_a_chunk(split):
     """Of the matrix `[heads, n, n]` in temporary memory, whole: all of it at least; in small chunks: less than half."""
     n, heads = 512, 4
     shape = jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32)
@@ -47,7 +58,7 @@ def test_memory_is_that_of_a_chunk():
         return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes / (4 * heads * n * n)
 
     assert temporary(jax.nn.dot_product_attention) >= 1
-    assert temporary(chunked_attention(n // 32)) < 0.5
+    assert temporary(split(n // 32)) < 0.5
 
 
 FLASH = {
@@ -88,6 +99,7 @@ def test_flash_attention_compiled_for_a_gpu_holds_no_matrix():
     assert temporary(flash_attention) < 0.2
 
 
-def test_a_chunk_has_queries():
+@pytest.mark.parametrize("split", [chunked_attention, head_by_head])
+def test_a_chunk_has_queries(split):
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
-        chunked_attention(0)
+        split(0)

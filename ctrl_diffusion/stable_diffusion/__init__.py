@@ -8,7 +8,13 @@
 Images and latents are `[b, h, w, c]`. Nothing here imports torch.
 """
 
-from .blocks import Layers as Layers, chunked_attention as chunked_attention, flash_attention as flash_attention
+from .blocks import (
+    AttentionFn as AttentionFn,
+    Layers as Layers,
+    chunked_attention as chunked_attention,
+    flash_attention as flash_attention,
+    head_by_head as head_by_head,
+)
 from .clip_text import CLIPText as CLIPText, TextFeatures as TextFeatures
 from .config import (
     CLIPTextConfig as CLIPTextConfig,
