@@ -37,14 +37,18 @@ def test_causal_attention_is_left_whole(split):
     np.testing.assert_array_equal(split(2)(q, k, v, is_causal=True), jax.nn.dot_product_attention(q, k, v, is_causal=True))
 
 
-def test_half_precision_of_one_head_is_rounded_no_more_than_of_all():
-    """Logits and softmax in float32: the error is that of weights and values in bfloat16, two roundings of 2^-9 of values up to 4."""
+def test_half_precision_of_one_head_is_as_exact_as_of_all():
+    """Logits and softmax are float32: only weights and results are rounded. 5 % are for another order of sums."""
     q, k, v, _ = arrays(64, 64)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in half))
-    found = head_by_head(16)(*half)
-    assert found.dtype == jnp.bfloat16
-    assert float(jnp.max(jnp.abs(found.astype(jnp.float32) - exact))) < 2 * 4 * 2**-9
+
+    def error(attention):
+        found = attention(*half)
+        assert found.dtype == jnp.bfloat16
+        return float(jnp.sqrt(jnp.mean((found.astype(jnp.float32) - exact) ** 2)))
+
+    assert 0 < error(head_by_head(16)) < 1.05 * error(jax.nn.dot_product_attention)
 
 
 @pytest.mark.parametrize("split", [chunked_attention, head_by_head])
