@@ -32,7 +32,7 @@ from .benchmark_floor import floor, large_product, operations
 from .commandline import execute, require_at_least
 from .files import write_atomic
 from .random_model import Config as RandomModel, write_random_model
-from .text_to_image_parts import make_attention
+from .text_to_image_parts import make_attention, suited_attention
 
 TINY = "tiny-random"
 KINDS = ("rollout",)
@@ -59,7 +59,7 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the UNet; latents are float32."""
     attention: Literal["by-head", "xla", "cudnn"] | None = None
-    """What computes attention in JAX (default: that of `experiments.text_to_image` on the device)."""
+    """What computes attention in JAX (default: what suits the device)."""
     repeats: int = 9
     """Timed rounds, after two to warm up; a round calls every side once."""
     pause: float = 0.02
@@ -98,7 +98,7 @@ class Task(NamedTuple):
 def make_task(config: Config, folder: Path) -> Task:
     """The UNet of a folder under random contexts: what they say does not change the cost."""
     dtype = jnp.dtype(config.precision)
-    attention = make_attention(config.attention)
+    attention = make_attention(config.attention or suited_attention(config.precision))
     unet = sd.load_network(sd.UNet, folder / "unet", dtype=dtype, param_dtype=dtype, cast=True, attention=attention)
     noising = dataclasses.replace(sd.read_noising(folder / "scheduler" / "scheduler_config.json"), set_alpha_to_one=False)
     process, size = noising.process(config.steps), unet.config.sample_size or 64
@@ -232,7 +232,7 @@ def run(config: Config) -> dict[str, Any]:
         **about,
         "model": config.model,
         "precision": config.precision,
-        "attention": config.attention,
+        "attention": config.attention or suited_attention(config.precision),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.params)),
         "batch": config.batch,
         "steps": steps,

@@ -69,8 +69,8 @@ class Config:
     remat: bool = False
     """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
     attention: Literal["by-head", "xla", "cudnn"] | None = None
-    """What computes attention: by-head (default on CPUs) takes one image and head at a time, xla (default elsewhere) all at once; cudnn
-    are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
+    """What computes attention (default: what suits the device): by-head, for CPUs, takes one image and head at a time, xla all at once;
+    cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (default: all, by-head 256): less memory, where the device has no flash attention."""
     iterations: int = 10

@@ -84,14 +84,25 @@ def load_parts(config: Config, layout: Layout) -> Parts:
 def network_options(config: Config) -> dict[str, Any]:
     """How the networks compute, as keyword arguments of them all."""
     dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    attention = make_attention(config.attention, config.attention_chunk)
+    attention = make_attention(
+        config.attention or suited_attention(config.precision, config.attention_chunk), config.attention_chunk
+    )
     return dict(dtype=config.precision, param_dtype=dtype, remat=config.remat, attention=attention)
 
 
-def make_attention(name: str | None, chunk: int | None = None) -> sd.AttentionFn:
-    """The function of `--attention` and `--attention-chunk`; `None` is what suits the device."""
-    if name == "by-head" or (name is None and jax.default_backend() == "cpu"):
-        return sd.head_by_head(chunk or 256)
+def suited_attention(precision: str, chunk: int | None = None, device: Any = None) -> str:
+    """The name of the attention that suits the device (default: the first): flash kernels where there are some."""
+    device = jax.devices()[0] if device is None else device
+    if device.platform == "cpu":
+        return "by-head"
+    flash = device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    return "cudnn" if flash and precision == "bfloat16" and chunk is None else "xla"
+
+
+def make_attention(name: str, chunk: int | None = None) -> sd.AttentionFn:
+    """The function of `--attention` and `--attention-chunk`."""
+    if name == "by-head":
+        return sd.head_by_head() if chunk is None else sd.head_by_head(chunk)
     attention = sd.flash_attention if name == "cudnn" else jax.nn.dot_product_attention
     return attention if chunk is None else sd.chunked_attention(chunk, attention)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import equinox as eqx
@@ -21,7 +22,15 @@ from experiments.presets import ALGORITHMS
 from experiments.random_model import Config as RandomModel, write_random_model
 from experiments.text_to_image import main, prompt_diversity, run
 from experiments.text_to_image_config import Config, check, digest_of_prompts, price, read_prompts
-from experiments.text_to_image_parts import latent_shape, load_parts, make_algorithm, make_sampler, rows_of_prompts
+from experiments.text_to_image_parts import (
+    latent_shape,
+    load_parts,
+    make_algorithm,
+    make_attention,
+    make_sampler,
+    rows_of_prompts,
+    suited_attention,
+)
 from experiments.text_to_image_report import MEANINGS
 from experiments.text_to_image_settings import PUBLISHED, chosen_settings
 
@@ -240,6 +249,25 @@ def test_attention_in_chunks(tiny):
         assert max(int(shape.split(",")[-2]) for shape in shapes if shape.endswith(",64")) == rows
         found.append(jax.jit(score)(parts.params, sampler.control))
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "device, precision, chunk, name",
+    [
+        (dict(platform="cpu"), "bfloat16", None, "by-head"),
+        (dict(platform="tpu"), "bfloat16", None, "xla"),
+        (dict(platform="gpu", version="cuda 12090", compute_capability="9.0"), "bfloat16", None, "cudnn"),
+        (dict(platform="gpu", version="cuda 12090", compute_capability="9.0"), "float32", None, "xla"),
+        (dict(platform="gpu", version="cuda 12090", compute_capability="9.0"), "bfloat16", 256, "xla"),
+        (dict(platform="gpu", version="cuda 12090", compute_capability="7.5"), "bfloat16", None, "xla"),
+        (dict(platform="gpu", version="rocm 60300", compute_capability="gfx90a"), "bfloat16", None, "xla"),
+    ],
+)
+def test_attention_suits_the_device(device, precision, chunk, name):
+    about = dict(device)
+    client = types.SimpleNamespace(platform_version=about.pop("version", ""))
+    assert suited_attention(precision, chunk, types.SimpleNamespace(client=client, **about)) == name
+    assert make_attention("cudnn") is sd.flash_attention and make_attention("xla") is jax.nn.dot_product_attention
 
 
 def test_prompts_are_drawn_in_groups():
