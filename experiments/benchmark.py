@@ -90,16 +90,19 @@ class Config:
 def interleaved(
     calls: Sequence[Callable[[], Any]], repeats: int, pause: float = 0.0, name: str = "timing", warmup: int = 2
 ) -> list[list[float]]:
-    """Seconds of each call, in turn, after `warmup` rounds; JAX's results are waited for."""
-    times: list[list[float]] = [[] for _ in calls]
+    """Seconds of each call after `warmup` rounds; JAX's results are waited for.
+
+    Rounds go through the calls forwards and backwards in turn, so that none always has the same one before it.
+    """
+    turns = [(call, []) for call in calls]
     for i in tqdm(range(repeats + warmup), desc=name, unit="round"):
-        for call, found in zip(calls, times):
+        for call, found in turns if i % 2 == 0 else reversed(turns):
             time.sleep(pause)
             begin = time.perf_counter()
             jax.block_until_ready(call())
             if i >= warmup:
                 found.append(time.perf_counter() - begin)
-    return times
+    return [found for _, found in turns]
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -98,7 +98,7 @@ class Task(NamedTuple):
 def make_task(config: Config, folder: Path) -> Task:
     """The UNet of a folder under random contexts: what they say does not change the cost."""
     dtype = jnp.dtype(config.precision)
-    attention = make_attention(config.attention or suited_attention(config.precision))
+    attention = make_attention(config.attention, config.precision)
     unet = sd.load_network(sd.UNet, folder / "unet", dtype=dtype, param_dtype=dtype, cast=True, attention=attention)
     noising = dataclasses.replace(sd.read_noising(folder / "scheduler" / "scheduler_config.json"), set_alpha_to_one=False)
     process, size = noising.process(config.steps), unet.config.sample_size or 64

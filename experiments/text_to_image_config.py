@@ -72,7 +72,8 @@ class Config:
     """What computes attention (default: what suits the device): by-head, for CPUs, takes one image and head at a time, xla all at once;
     cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
     attention_chunk: int | None = None
-    """Pixels that attend to all others at a time (default: all, by-head 256): less memory, where the device has no flash attention."""
+    """Pixels that attend to all others at a time (default: all, by-head 2^21 over the pixels): less memory, where the device has no flash
+    attention."""
     iterations: int = 10
     """Fine-tuning iterations: sample, evaluate, update."""
     batch: int = 16

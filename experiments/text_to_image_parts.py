@@ -84,9 +84,7 @@ def load_parts(config: Config, layout: Layout) -> Parts:
 def network_options(config: Config) -> dict[str, Any]:
     """How the networks compute, as keyword arguments of them all."""
     dtype = jnp.bfloat16 if config.precision == "bfloat16" and config.train == "lora" else jnp.float32
-    attention = make_attention(
-        config.attention or suited_attention(config.precision, config.attention_chunk), config.attention_chunk
-    )
+    attention = make_attention(config.attention, config.precision, config.attention_chunk)
     return dict(dtype=config.precision, param_dtype=dtype, remat=config.remat, attention=attention)
 
 
@@ -99,10 +97,11 @@ def suited_attention(precision: str, chunk: int | None = None, device: Any = Non
     return "cudnn" if flash and precision == "bfloat16" and chunk is None else "xla"
 
 
-def make_attention(name: str, chunk: int | None = None) -> sd.AttentionFn:
-    """The function of `--attention` and `--attention-chunk`."""
+def make_attention(name: str | None, precision: str, chunk: int | None = None) -> sd.AttentionFn:
+    """The function of `--attention`, by default what suits the device, and of `--attention-chunk`."""
+    name = name or suited_attention(precision, chunk)
     if name == "by-head":
-        return sd.head_by_head() if chunk is None else sd.head_by_head(chunk)
+        return sd.head_by_head(chunk)
     attention = sd.flash_attention if name == "cudnn" else jax.nn.dot_product_attention
     return attention if chunk is None else sd.chunked_attention(chunk, attention)
 

@@ -1,5 +1,7 @@
 """Attention some queries at a time is attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,21 @@ def test_parts_of_attention_change_nothing(split, size, masked):
 def test_causal_attention_is_left_whole(split):
     q, k, v, _ = arrays(m=10)
     np.testing.assert_array_equal(split(2)(q, k, v, is_causal=True), jax.nn.dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "n, m, shape",
+    [
+        (4096, 4096, "512,4096"),  # 2^21 logits at a time
+        (4096, 77, "4096,77"),  # those of a head
+        (1024, 77, "1,1,2,1024,77"),  # below 2^17 a head: all at once
+        (2, 2**22, "1,4194304"),  # more than 2^21 in a row
+    ],
+)
+def test_size_of_a_part_follows_the_context(n, m, shape):
+    q, k = (jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32) for length in (n, m))
+    exponentials = re.findall(r"f32\[([\d,]+)\] = exp ", str(jax.make_jaxpr(head_by_head())(q, k, k)))
+    assert exponentials == [shape]
 
 
 def test_half_precision_of_one_head_is_as_exact_as_of_all():

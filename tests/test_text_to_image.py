@@ -267,7 +267,8 @@ def test_attention_suits_the_device(device, precision, chunk, name):
     about = dict(device)
     client = types.SimpleNamespace(platform_version=about.pop("version", ""))
     assert suited_attention(precision, chunk, types.SimpleNamespace(client=client, **about)) == name
-    assert make_attention("cudnn") is sd.flash_attention and make_attention("xla") is jax.nn.dot_product_attention
+    assert make_attention("cudnn", precision) is sd.flash_attention
+    assert make_attention("xla", precision) is jax.nn.dot_product_attention
 
 
 def test_prompts_are_drawn_in_groups():

@@ -48,19 +48,23 @@ def chunked_attention(size: int, attention: AttentionFn = jax.nn.dot_product_att
     return attend
 
 
-def head_by_head(size: int = 256) -> AttentionFn:
+def head_by_head(size: int | None = None) -> AttentionFn:
     """`jax.nn.dot_product_attention` of one image and head after the other, with at most `size` queries at a time. For CPUs.
 
-    There XLA is slow at many products at once; this is two products of two matrices at a time, of a size that stays in the caches. Numbers
-    differ by rounding. A gradient computes each part again. Masked and causal attention and that of up to `size` queries, all short here,
-    are computed as without it. Images come one after the other, also where a batch is divided over devices: they do not share the work.
+    There XLA is slow at many products at once; this is two products of two matrices at a time, by default of as many queries as have
+    2^21 logits, which stay in the caches. Numbers differ by rounding. A gradient computes each part again. Masked and causal attention and
+    that of up to `size` queries (by default 2^17 logits a head), all short here, are computed as without it. Images come one after the
+    other, also where a batch is divided over devices: they do not share the work.
     """
-    if size < 1:
+    if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 (queries).")
 
     def attend(q, k, v, *, is_causal: bool = False, **options):
-        if is_causal or options or q.shape[1] <= size:
+        logits = q.shape[1] * k.shape[1]
+        short = logits <= 2**17 if size is None else q.shape[1] <= size
+        if is_causal or options or short:
             return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, **options)
+        queries = max(1, 2**21 // k.shape[1]) if size is None else size
 
         def one(head):  # q [n, d], k and v [m, d]
             q, k, v = head
@@ -69,7 +73,7 @@ def head_by_head(size: int = 256) -> AttentionFn:
                 logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
                 return jax.nn.softmax(logits).astype(v.dtype) @ v
 
-            return in_chunks(some, size)(q)
+            return in_chunks(some, queries)(q)
 
         b, n, heads, d = q.shape
         separate = [jnp.swapaxes(x, 1, 2).reshape(b * heads, x.shape[1], d) for x in (q, k, v)]
