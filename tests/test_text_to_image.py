@@ -17,7 +17,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.parallel import ONE_DEVICE
-from experiments.pod_plan_text import abstract_parts, text_to_image_programs
+from experiments.pod_plan_text import abstract_parts, planned_config, text_to_image_programs
 from experiments.presets import ALGORITHMS
 from experiments.random_model import Config as RandomModel, write_random_model
 from experiments.text_to_image import main, prompt_diversity, run
@@ -28,6 +28,7 @@ from experiments.text_to_image_parts import (
     make_algorithm,
     make_attention,
     make_sampler,
+    network_options,
     rows_of_prompts,
     suited_attention,
 )
@@ -185,6 +186,11 @@ def test_a_plan_has_the_shapes_of_a_run(tiny):
     fixed = sum(leaf.size for leaf in jax.tree.leaves((planned.base, planned.contexts, planned.empty)))
     given = jax.tree.leaves(programs["collect"].in_avals)
     assert fixed < sum(leaf.size for leaf in given) < 1.1 * fixed
+
+
+def test_a_plan_does_not_take_what_suits_the_machine_it_is_made_on():
+    assert network_options(planned_config({}))["attention"] is jax.nn.dot_product_attention
+    assert network_options(planned_config({"attention": "cudnn"}))["attention"] is sd.flash_attention
 
 
 def test_guidance_is_part_of_the_policy(tiny):
