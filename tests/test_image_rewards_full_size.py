@@ -51,14 +51,17 @@ def test_image_reward(tmp_path, capsys):
     torch.save(image_reward_names(blip, mlp), tmp_path / "ImageReward.pt")
     ids = np.zeros((3, 35), np.int32)
     ids[0, :9], ids[1, :2], ids[2] = [101, *range(2000, 2007), 102], [101, 102], np.arange(5000, 5035)
-    expected = image_reward_scores(blip, mlp, PIXELS, ids)
+    expected = image_reward_scores(blip.double(), mlp.double(), PIXELS.astype(np.float64), ids)
     del blip, mlp
     gc.collect()
     reward = load_image_reward(tmp_path / "ImageReward.pt", bert_tokenizer(tmp_path / "tokenizer"))
-    score = (
-        jax.jit(ImageRewardNetwork.__call__)(reward.network, jnp.asarray(PIXELS), jnp.asarray(ids)) - reward.mean
-    ) / reward.std
-    error = relative(score, expected)
+    score = jax.jit(lambda network, pixels: (network(pixels, jnp.asarray(ids)) - reward.mean) / reward.std)
+    errors = [relative(score(reward.network, jnp.asarray(PIXELS)), expected)]
+    with jax.enable_x64(True):
+        network = jax.tree.map(lambda v: v.astype(jnp.float64) if v.dtype == jnp.float32 else v, reward.network)
+        errors.append(relative(score(network, jnp.asarray(PIXELS, jnp.float64)), expected))
     with capsys.disabled():
-        print(f"\nfull-size ImageReward: max |difference| / std(reference) = {error:.3e}")
-    assert error < 1e-5
+        print("\nfull-size ImageReward: max |difference| / std(reference) = {:.3e}, in float64 {:.3e}".format(*errors))
+    # In float64 what is left are the mean and deviation of scores, which are float32. In float32 36 layers round, and the scores of three
+    # pictures are close to each other: 0.2e-5 to 1.4e-5 by the order of sums, PyTorch's own included.
+    assert errors[0] < 3e-5 and errors[1] < 1e-6
