@@ -79,6 +79,7 @@ def pretrain(
             state, loss = fit(state, x, key, layout.put(jnp.arange(done, done + n), layout.replicated))
             loss = float(loss)
             if not jnp.isfinite(loss):
+                checkpoints.close()  # the last one may still be on its way
                 raise FloatingPointError(f"pre-training loss is {loss} at step {done + n}: lower --pretrain-learning-rate.")
             done, seconds = done + n, seconds + time.perf_counter() - begin
             checkpoints.save(done, state, {"seconds": seconds})
@@ -136,7 +137,11 @@ def finetune(
                 raise RewardError(
                     f"iteration {done}: {error}. The state before this iteration is kept: the same command goes on from there."
                 ) from error
-            row = _row(info, done)
+            try:
+                row = _row(info, done)
+            except FloatingPointError:
+                checkpoints.close()  # the last one may still be on its way
+                raise
             seconds += time.perf_counter() - begin
             if kl_budget is not None and row["path_kl"] > kl_budget:
                 stop = "kl budget"

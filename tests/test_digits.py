@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -248,6 +249,33 @@ def test_a_bad_reward_ends_the_run_with_one_error_and_keeps_what_there_was(tmp_p
         digits.run(config, reward=lambda x: np.full(len(x), np.nan))
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert (tmp_path / "run" / "reference" / "model.json").exists()  # pre-training is not lost
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # in NumPy, of the rewards
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    """The squares of rewards of iteration 2 are beyond float32; the same command goes on from where iteration 1 ended."""
+    config, calls = settings(tmp_path / "run", kl_weight=1.0), []
+
+    def reward(x):
+        if len(x) == 24:  # the final states of a training batch
+            calls.append(None)
+        return np.resize([-1.0, 1.0], len(x)) * (3e38 if len(calls) == 3 else 1.0)
+
+    with pytest.raises(FloatingPointError, match=r"_loss is (inf|nan) in iteration 2 \(no final state is not finite\)"):
+        digits.run(config, reward=reward)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints" / "finetune").iterdir()) == 2
+    digits.run(config, reward=reward)
+    assert len(calls) == 5  # iterations 0, 1, 2 (broken), 2, 3
+    assert all(np.isfinite(v).all() for v in parameters(tmp_path / "run"))
+
+
+def test_a_pre_training_that_diverges_is_an_error_that_says_where(tmp_path, capsys):
+    small = ["--pretrain-steps", "20", "--pretrain-batch", "32", "--width", "16", "--depth", "1"]
+    assert digits.main([*small, "--pretrain-learning-rate", "1e30", "--out", str(tmp_path / "run")]) == 1
+    assert re.search(
+        r"error: pre-training loss is (nan|inf) at step 20: lower --pretrain-learning-rate", capsys.readouterr().err
+    )
 
 
 def test_the_command_line_explains_itself_and_reports_errors(tmp_path):

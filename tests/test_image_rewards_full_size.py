@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctrl_diffusion.image_rewards import CLIPImages, ImageRewardNetwork, load_clip_images, load_image_reward
+from ctrl_diffusion.image_rewards import CLIPImages, load_clip_images, load_image_reward
 from tests.image_reward_reference import (
     TEXT,
     bert_tokenizer,
