@@ -18,6 +18,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.rewards import RewardError
 from experiments import digits
 from experiments.rewards import compressed_bytes, holes, ink
+from experiments.rundir import Checkpoints
 
 TINY = digits.Config(
     steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=4, batch=24, minibatches=2, epochs=1,
@@ -165,6 +166,15 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_works(finished, t
     digits.run(settings(run, use_previous_checkpoint=True))
     for a, b in zip(parameters(out), parameters(run)):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("other", [{"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}, {"w": jnp.zeros(3), "v": jnp.zeros(3)}, {}])
+def test_a_checkpoint_of_something_else_is_named(tmp_path, other):
+    written = Checkpoints(tmp_path / "finetune")
+    written.save(1, {"w": jnp.zeros(3)}, {})
+    written.close()
+    with pytest.raises(ValueError, match=r"finetune/1 cannot be read \(ValueError: .*Delete that folder"):
+        Checkpoints(tmp_path / "finetune").restore(other)
 
 
 def test_a_truncated_model_is_named(finished, tmp_path):
