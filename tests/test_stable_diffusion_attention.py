@@ -82,6 +82,15 @@ def test_memory_is_that_of_a_chunk(split):
     assert temporary(split(n // 32)) < 0.5
 
 
+def test_a_gradient_computes_whole_heads_again():
+    """Of the matrix `[heads, n, n]` a gradient holds a few heads' parts at a time, and not the whole."""
+    n, heads = 512, 32
+    shape = jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(head_by_head()(q, k, v) ** 2), argnums=(0, 1, 2)))
+    temporary = gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 0.5 * 4 * heads * n * n
+
+
 FLASH = {
     "self-attention": ((2, 64, 8, 40), {}, jnp.bfloat16, "cudnn"),
     "causal": ((2, 64, 8, 40), {"is_causal": True}, jnp.bfloat16, "cudnn"),

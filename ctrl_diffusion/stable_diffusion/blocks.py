@@ -73,7 +73,8 @@ def head_by_head(size: int | None = None) -> AttentionFn:
                 logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
                 return jax.nn.softmax(logits).astype(v.dtype) @ v
 
-            return in_chunks(some, queries)(q)
+            whole = q.shape[0] <= queries
+            return jax.checkpoint(some, prevent_cse=False)(q) if whole else in_chunks(some, queries)(q)
 
         b, n, heads, d = q.shape
         separate = [jnp.swapaxes(x, 1, 2).reshape(b * heads, x.shape[1], d) for x in (q, k, v)]
