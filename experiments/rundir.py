@@ -158,6 +158,8 @@ class Results:
 class Checkpoints:
     """Asynchronous, atomic checkpoints of one phase; the last two are kept.
 
+    `with` them, what is still being written when an error ends the block is written first.
+
     With `use_previous` a checkpoint that cannot be read is deleted, and the one before it is used.
     """
 
@@ -205,6 +207,16 @@ class Checkpoints:
         with self._errors_named():
             self._manager.wait_until_finished()
             self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+        else:  # which is what the user is told of, whatever becomes of the checkpoint
+            with contextlib.suppress(OSError), self._errors_named():
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:

@@ -73,20 +73,18 @@ def pretrain(
         done, state, notes = restored
         seconds = notes["seconds"]
     run.keep_history("pretrain", "step", done + 1)
-    with tqdm(total=steps, initial=done, desc="pre-training", unit="step") as bar:
+    with checkpoints, tqdm(total=steps, initial=done, desc="pre-training", unit="step") as bar:
         while done < steps:
             begin, n = time.perf_counter(), min(CHUNK, steps - done)
             state, loss = fit(state, x, key, layout.put(jnp.arange(done, done + n), layout.replicated))
             loss = float(loss)
             if not jnp.isfinite(loss):
-                checkpoints.close()  # the last one may still be on its way
                 raise FloatingPointError(f"pre-training loss is {loss} at step {done + n}: lower --pretrain-learning-rate.")
             done, seconds = done + n, seconds + time.perf_counter() - begin
             checkpoints.save(done, state, {"seconds": seconds})
             run.log("pretrain", done, {"step": done, "loss": loss, "wall_seconds": seconds})
             bar.update(n)
             bar.set_postfix(loss=f"{loss:.3f}")
-    checkpoints.close()
     return model._replace(params=state.average), seconds
 
 
@@ -125,7 +123,7 @@ def finetune(
         done, state, notes = restored
         seconds, stop = notes["seconds"], notes["stop_reason"]
     run.keep_history("finetune", "iteration", done)
-    with tqdm(total=iterations, initial=done, desc="fine-tuning", unit="iteration") as bar:
+    with checkpoints, tqdm(total=iterations, initial=done, desc="fine-tuning", unit="iteration") as bar:
         while done < iterations and stop == "finished":
             begin = time.perf_counter()
             try:
@@ -137,11 +135,7 @@ def finetune(
                 raise RewardError(
                     f"iteration {done}: {error}. The state before this iteration is kept: the same command goes on from there."
                 ) from error
-            try:
-                row = _row(info, done)
-            except FloatingPointError:
-                checkpoints.close()  # the last one may still be on its way
-                raise
+            row = _row(info, done)
             seconds += time.perf_counter() - begin
             if kl_budget is not None and row["path_kl"] > kl_budget:
                 stop = "kl budget"
@@ -159,7 +153,6 @@ def finetune(
                 checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.3f}", path_kl=f"{row['path_kl']:.2f}")
-    checkpoints.close()
     return state, Progress(done, seconds, stop)
 
 

@@ -177,6 +177,14 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, other):
         Checkpoints(tmp_path / "finetune").restore(other)
 
 
+def test_a_checkpoint_on_its_way_when_a_run_breaks_arrives(tmp_path):
+    """A hundred megabytes take longer to write than an error to be raised."""
+    with pytest.raises(Interrupted, match="power cut"), Checkpoints(tmp_path / "finetune") as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones((25, 10**6))}, {"seconds": 2.0})
+        raise Interrupted("power cut")
+    assert [folder.name for folder in (tmp_path / "finetune").iterdir()] == ["1"]
+
+
 def test_a_truncated_model_is_named(finished, tmp_path):
     shutil.copytree(finished[0] / "model", tmp_path / "model")
     file = tmp_path / "model" / "params.safetensors"
