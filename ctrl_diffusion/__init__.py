@@ -36,6 +36,7 @@ from .algorithms import (
     vidd as vidd,
 )
 from .citations import citation as citation
+from .convolutions import convolution as convolution
 from .critics import Critic as Critic
 from .diversity import vendi_score as vendi_score
 from .drift import DriftProcess as DriftProcess

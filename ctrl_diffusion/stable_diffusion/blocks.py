@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ..chunks import in_chunks
+from ..convolutions import convolution
 
 Images = Float[Array, "b h w c"]
 Resized = Float[Array, "b _ _ _"]  # images of another size or with other channels
@@ -128,6 +129,7 @@ class Layers(NamedTuple):
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            conv_general_dilated=convolution,
             rngs=self.rngs,
         )
 

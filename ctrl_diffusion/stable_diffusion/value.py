@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..convolutions import convolution
 from ..networks import TimeEmbedding
 
 
@@ -21,8 +22,10 @@ class LatentValue(nnx.Module):
     """
 
     def __init__(self, channels: int, prompts: int, *, width: int = 64, depth: int = 3, rngs: nnx.Rngs):
-        self.enter = nnx.Conv(channels, width, (3, 3), rngs=rngs)
-        self.down = nnx.List([nnx.Conv(width, width, (3, 3), strides=(2, 2), rngs=rngs) for _ in range(depth)])
+        self.enter = nnx.Conv(channels, width, (3, 3), conv_general_dilated=convolution, rngs=rngs)
+        self.down = nnx.List(
+            [nnx.Conv(width, width, (3, 3), strides=(2, 2), conv_general_dilated=convolution, rngs=rngs) for _ in range(depth)]
+        )
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(depth)])
         self.time = TimeEmbedding(width, rngs)
         self.prompt = nnx.Embed(prompts, width, rngs=rngs)
