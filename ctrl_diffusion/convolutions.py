@@ -26,8 +26,8 @@ def convolution(
     The gradients of a convolution are convolutions with their axes in another order, and XLA's fast code for CPUs is for one order. XLA
     brings others into it, but not in the body of a loop (`lax.scan`, `lax.map`), where its code is then ten times slower or worse: steps
     of training that are one program, gradients through paths, by parts of a batch, of images that are decoded a few at a time. Here they
-    have that order from the start; numbers differ by rounding. On other devices, and for groups, dilations, other orders of axes and
-    other types of the result, all is as JAX has it.
+    have that order from the start; numbers differ by rounding. On other devices, and for groups, dilations, other orders of axes,
+    other types of the result and arrays divided over explicit axes of a mesh, all is as JAX has it.
 
     Args:
         x: `[b, *space, c]`.
@@ -39,7 +39,8 @@ def convolution(
     """
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     as_usual = all(isinstance(v, int) and v == 1 for v in jax.tree.leaves(options))
-    if not as_usual or numbers != _channels_last(x.ndim - 2):
+    divided = any(axis is not None for v in (x, kernel) for axis in jax.typeof(v).sharding.spec)  # over a mesh's explicit axes
+    if not as_usual or divided or numbers != _channels_last(x.ndim - 2):
         return lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=dimension_numbers, precision=precision, **options
         )

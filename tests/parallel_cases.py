@@ -1,5 +1,6 @@
 """The same numbers whatever the devices: samples, gradients and state, for every estimator, on one, two and eight devices."""
 
+import functools
 import math
 import re
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
@@ -385,3 +386,14 @@ def test_samples_of_a_larger_network_are_the_same_bit_for_bit():
         found.append(np.asarray(jax.jit(model.sampler.sample)(layout.put(params, layout.parameters), keys)))
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_gradients_of_convolutions_are_reduced_once(axes):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
+    x, w = (jax.random.normal(jax.random.key(0), shape) for shape in ((16, 8, 8, 4), (3, 3, 4, 8)))
+    layer = functools.partial(cd.convolution, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(layer(x, w) ** 2)))
+    divided = [jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in ((w, PartitionSpec()), (x, PartitionSpec("data")))]
+    assert collectives(gradient.lower(*divided).compile().as_text()) == [("all-reduce", w.size)]
+    np.testing.assert_allclose(gradient(*divided), gradient(w, x), rtol=1e-4)
