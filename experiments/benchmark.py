@@ -39,6 +39,7 @@ from .benchmark_unet import (
     hand_update,
     make_task,
     our_loss,
+    our_pass,
     our_update,
     predict,
     sampled,
@@ -69,6 +70,8 @@ class Config:
     """Updates per pass, as in `experiments.digits`: one has batch * steps / minibatches rows."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of the U-Net, finest resolution first; multiples of 8."""
+    scan_minibatches: bool = False
+    """Make the library's pass over the minibatches one program, and report the time of one update in it."""
     repeats: int = 15
     """Timed rounds, after two to warm up; a round calls every side once."""
     pause: float = 0.02
@@ -124,11 +127,12 @@ class Side:
         self.compile_seconds = 0.0
         self.sample: Callable[[], Any] | None = None
         self.update: Callable[[int], Any] | None = None
+        self.updates_per_call = 1
         self.seconds: dict[str, list[float]] = {}
 
 
-def jax_sides(task: Task, c: Coefficients, reference) -> list[Side]:
-    """The library and the scan, checked."""
+def jax_sides(task: Task, c: Coefficients, reference, scan_minibatches: bool) -> list[Side]:
+    """The library and the scan, checked; the library's updates one by one or as a pass."""
     ours, scan = Side(OURS), Side(SCAN)
     rows = task.minibatch(0)
     run = sampled(predict(task.graphdef), c, task.recorded.path.x.shape[1])
@@ -138,6 +142,8 @@ def jax_sides(task: Task, c: Coefficients, reference) -> list[Side]:
     ours.sample = lambda: task.algorithm.programs.collect(task.algorithm.fixed, task.key, task.behaviour, None, 0)
     scan.sample = lambda: run(task.behaviour, task.key)
     ours.update, scan.update = our_update(task), hand_update(task, c)
+    if scan_minibatches:
+        ours.update, ours.updates_per_call = our_pass(task), len(task.recorded.order)
     return [ours, scan]
 
 
@@ -196,7 +202,7 @@ def measure(sides: list[Side], config: Config, counts: Mapping[str, float]) -> d
         rounds = [_call(side, kind, config.minibatches) for side in present]
         *found, products = interleaved([*rounds, product], config.repeats, config.pause, kind)
         for side, seconds in zip(present, found):
-            side.seconds[kind] = seconds
+            side.seconds[kind] = [s / (side.updates_per_call if kind == "update" else 1) for s in seconds]
         floors[kind] = floor(counts[kind], products, size)
     return floors
 
@@ -278,7 +284,7 @@ def run(config: Config) -> dict[str, Any]:
         reference = exact(task, min(8, config.batch))
     with tempfile.TemporaryDirectory() as folder:
         with jax.default_matmul_precision("float32"):
-            sides = jax_sides(task, c, reference)
+            sides = jax_sides(task, c, reference, config.scan_minibatches)
             rivals, about = torch_sides(config, task, c, reference, Path(folder))
         sides += rivals
         precision = "tensorfloat32" if config.tf32 else "float32"
@@ -302,6 +308,7 @@ def run(config: Config) -> dict[str, Any]:
         "batch": config.batch,
         "steps": config.steps,
         "rows_per_update": rows_per_update,
+        "scan_minibatches": config.scan_minibatches,
         "repeats": config.repeats,
     }
     if config.out is not None:

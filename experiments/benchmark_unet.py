@@ -222,13 +222,30 @@ def make_task(batch: int, steps: int, minibatches: int, channels: tuple[int, ...
     return Task(network, objective, estimator, critic, algorithm, graphdef, params, behaviour, reference, recorded, key)
 
 
+def _learned(task: Task) -> Any:
+    """What the library's updates change, in arrays of its own."""
+    state = task.algorithm.init(task.params)
+    return state.params, state.value_params, state.optimizer, state.value_optimizer, state.average
+
+
 def our_update(task: Task) -> Callable[[int], Any]:
     """`call(i)`: the library's programs for minibatch `i`, on a state of its own."""
-    programs, state = task.algorithm.programs, task.algorithm.init(task.params)
-    held = [(state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)]
+    programs, held = task.algorithm.programs, [_learned(task)]
 
     def call(i: int) -> Any:
         held[0], metrics = programs.update(held[0], task.algorithm.fixed, task.reference, task.minibatch(i))
+        return held[0], metrics
+
+    return call
+
+
+def our_pass(task: Task) -> Callable[[int], Any]:
+    """`call(i)`: the library's program for all minibatches of a pass, whatever `i`, on a state of its own."""
+    programs, held = task.algorithm.programs, [_learned(task)]
+
+    def call(i: int) -> Any:
+        rows, order = task.recorded.rows, task.recorded.order
+        held[0], metrics = programs.sweep(held[0], task.algorithm.fixed, task.reference, rows, order)
         return held[0], metrics
 
     return call

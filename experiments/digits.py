@@ -112,6 +112,8 @@ class Config:
     """Parts that the rows of an update are worked through in, one after the other: less memory, the same update."""
     stratified: bool = False
     """Deal each group of consecutive rows out to the minibatches instead of shuffling all: nothing moves between devices."""
+    scan_minibatches: bool = False
+    """Make a pass over the minibatches one program: faster updates on CPUs."""
     average: float | None = None
     """Decay per update of a running average of the parameters, which is then evaluated and saved (as 0.99; default: none)."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -286,7 +288,7 @@ def _algorithm(
     training = cd.Training(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
         optax.adam(config.value_learning_rate), layout=layout, accumulation=config.accumulation, average=config.average,
-        stratified=config.stratified,
+        stratified=config.stratified, scan_minibatches=config.scan_minibatches,
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
     algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))

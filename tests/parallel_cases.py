@@ -1,8 +1,5 @@
 """The same numbers whatever the devices: samples, gradients and state, for every estimator, on one, two and eight devices."""
 
-import functools
-import math
-import re
 import sys
 
 import equinox as eqx
@@ -12,11 +9,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
-from ctrl_diffusion.chunks import in_chunks
 from ctrl_diffusion.estimators import (
     GradientBalance,
     LeanAdjoint,
@@ -27,7 +23,6 @@ from ctrl_diffusion.estimators import (
     value_gradient,
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
-from ctrl_diffusion.stable_diffusion import GuidedScore, Noising
 from ctrl_diffusion.values import NoValue
 from experiments.discretization_cells import Samplers, collect
 from experiments.exact_units import budget_for, solve
@@ -169,6 +164,19 @@ def test_accumulation_gives_the_same_update(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["likelihood ratio", "natural gradient", "path consistency"])
+def test_a_pass_in_one_program_gives_the_same_update(name):
+    """State and metrics, of the first minibatch (the largest log-ratio) and of the last."""
+    with jax.enable_x64(True):
+        settings = {"epochs": 2, "minibatches": 4}
+        (alone, info), (state, found) = (iteration(name, Layout(), **settings, scan_minibatches=v) for v in (False, True))
+    for a, b in zip(leaves(state), leaves(alone)):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    assert set(found.metrics) == set(info.metrics) and ("first_log_ratio" in found.metrics) == (name == "likelihood ratio")
+    for metric, value in info.metrics.items():
+        np.testing.assert_allclose(found.metrics[metric], value, rtol=1e-7, atol=1e-10, err_msg=metric)
+
+
 def test_a_natural_gradient_in_parts_is_the_same_update():
     """In float64; also where parameters are divided."""
     with jax.enable_x64(True):
@@ -181,45 +189,15 @@ def test_a_natural_gradient_in_parts_is_the_same_update():
 
 @pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
 def test_stratified_minibatches_do_not_depend_on_the_devices(name):
-    """Rows that are (time, sample) pairs, and rows that are paths."""
+    """Rows that are (time, sample) pairs, and rows that are paths; also where a pass is one program."""
     alone, info = iteration(name, Layout(), stratified=True)
-    for layout in ("eight", "four by two"):
-        state, found = iteration(name, layouts()[layout], stratified=True)
+    for layout, scanned in (("eight", False), ("eight", True), ("four by two", True)):
+        state, found = iteration(name, layouts()[layout], stratified=True, scan_minibatches=scanned)
         np.testing.assert_array_equal(found.samples, info.samples)
         for a, b in zip(leaves(state), leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     shuffled = iteration(name, Layout())[0]
     assert max(np.max(np.abs(a - b)) for a, b in zip(leaves(shuffled.params), leaves(alone.params))) > 1e-6  # other minibatches
-
-
-@pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
-def test_stratified_rows_stay_on_their_devices(name):
-    """The compiled `select` exchanges nothing; that of shuffled rows does."""
-    found = {v: programs(name, layouts()["eight"], minibatches=2, stratified=v)["select"].as_text() for v in (True, False)}
-    assert collectives(found[True]) == [] and collectives(found[False]) != []
-
-
-def test_chunks_leave_rows_on_their_devices():
-    layout = layouts()["eight"]
-    x = layout.put(jnp.arange(192.0).reshape(64, 3), layout.batch)
-    double = jax.jit(in_chunks(lambda x: 2 * x, 16))
-    assert collectives(double.lower(x).compile().as_text()) == []
-    np.testing.assert_array_equal(double(x), 2 * np.asarray(x))
-
-
-def test_both_branches_of_guidance_are_on_the_device_of_their_row():
-    """The compiled guided score exchanges nothing; of two prompts, the second is the row's."""
-    layout, noising = layouts()["eight"], Noising()
-    x = layout.put(jnp.arange(256.0).reshape(16, 2, 2, 4) / 256, layout.batch)
-    prompt = layout.put(jnp.ones(16, jnp.int32), layout.batch)
-    contexts, empty = jnp.asarray([[[5.0]], [[3.0]]]), jnp.asarray([[1.0]])
-    process, half = noising.process(10, 1.0), jnp.asarray(0.5)
-    denoise = lambda params, base, x, timesteps, context: x * context[:, :, :, None]  # noqa: E731
-    score = jax.jit(lambda x, prompt: GuidedScore(denoise, (), contexts, empty, 2.0, noising, process)((), half, x, prompt))
-    assert collectives(score.lower(x, prompt).compile().as_text()) == []
-    tau = jnp.full(16, process.tau(half))
-    expected = noising.prediction.to_score(process.schedule, tau, x, x * (1 + 2 * (3 - 1)))
-    np.testing.assert_allclose(score(x, prompt), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pathwise, one step", "matching the adjoint"])
@@ -302,46 +280,6 @@ def test_black_box_rewards_see_every_sample_once():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-REDUCTION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def collectives(text):
-    """Kind and number of entries of every collective in a compiled program's text."""
-    found = []
-    for shapes, kind in REDUCTION.findall(text):
-        sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-        found.append((kind, sum(sizes)))
-    return found
-
-
-def programs(name, layout, **settings):
-    estimator, chosen, states = CASES[name]()
-    sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS))
-    objective = cd.Objective(sampler, cd.differentiable(EXACT.reward), kl_weight=1.0)
-    training = cd.Training(optax.adam(1e-2), BATCH, layout=layout, **settings)
-    algorithm = cd.compose(objective, estimator, chosen, training, states=states)
-    return {k: v.compile() for k, v in cd.algorithms.lower(algorithm, layout, PARAMS, PHI).items()}
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name != "natural gradient"])
-def test_one_gradient_reduction_per_update(name):
-    """The compiled update reduces the gradients of policy and value once, together or apart; all else is a few numbers."""
-    compiled = programs(name, layouts()["eight"])["update"].as_text()
-    found, loops = collectives(compiled), collectives("".join(loop_bodies(compiled)))
-    size = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
-    large = [entries for kind, entries in found if entries >= 100]
-    print(name, found, size, loops)
-    assert {kind for kind, _ in found} == {"all-reduce"} and not loops
-    learns = CASES[name]()[1].optimizer is not None
-    assert len(large) <= 1 + learns and sum(large) < 2.5 * size + 100
-
-
-def loop_bodies(text):
-    """The computations of a compiled program's text that are bodies of loops."""
-    names = set(re.findall(r"body=%?([\w.-]+)", text))
-    return [part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in names]
-
-
 @pytest.mark.parametrize("chain", [True, False])
 def test_samples_of_the_discretisation_experiment_are_the_same_bit_for_bit(chain):
     samplers = Samplers(lambda params, t, x, cond: params * x, PROCESS.schedule, (2,), max_steps=STEPS)
@@ -386,14 +324,3 @@ def test_samples_of_a_larger_network_are_the_same_bit_for_bit():
         found.append(np.asarray(jax.jit(model.sampler.sample)(layout.put(params, layout.parameters), keys)))
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
-
-
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_gradients_of_convolutions_are_reduced_once(axes):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
-    x, w = (jax.random.normal(jax.random.key(0), shape) for shape in ((16, 8, 8, 4), (3, 3, 4, 8)))
-    layer = functools.partial(cd.convolution, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(layer(x, w) ** 2)))
-    divided = [jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in ((w, PartitionSpec()), (x, PartitionSpec("data")))]
-    assert collectives(gradient.lower(*divided).compile().as_text()) == [("all-reduce", w.size)]
-    np.testing.assert_allclose(gradient(*divided), gradient(w, x), rtol=1e-4)

@@ -59,12 +59,26 @@ def test_rows_and_ratios_are_put_to_use(task):
 
 
 @pytest.mark.slow
+def test_a_pass_is_its_updates_and_is_timed_as_one_of_them(task, monkeypatch):
+    one, whole = benchmark.our_update(task), benchmark.our_pass(task)
+    apart = [one(i) for i in range(TINY.minibatches)][-1][0]
+    together = whole(0)[0]
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    side = benchmark.Side(benchmark.OURS)
+    side.sample, side.update, side.updates_per_call = lambda: None, lambda i: None, 8
+    monkeypatch.setattr(benchmark, "interleaved", lambda calls, *args: [[4.0] for _ in calls])
+    benchmark.measure([side], TINY, {"rollout": 1.0, "update": 1.0})
+    assert side.seconds == {"rollout": [4.0], "update": [0.5]}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"keep": 1.01}, {"scale": 1.02}])
 def test_a_side_that_computes_something_else_is_refused(task, reference, wrong):
     c = coefficients(task.process, task.objective.sampler.ts)
     changed = c._replace(**{name: factor * getattr(c, name) for name, factor in wrong.items()})
     with pytest.raises(ValueError, match="lax.scan by hand: the error of the"):
-        benchmark.jax_sides(task, changed, reference)
+        benchmark.jax_sides(task, changed, reference, False)
 
 
 def test_without_torch_its_rows_say_so(task, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs `parallel_cases.py` where there are eight devices, and real processes that must equal one."""
+"""Runs `parallel_cases.py` and `parallel_programs.py` where there are eight devices, and real processes that must equal one."""
 
 import json
 import os
@@ -23,8 +23,9 @@ def environment(devices, **others):
 
 
 @pytest.mark.slow
-def test_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/parallel_cases.py"]
+@pytest.mark.parametrize("cases", ["parallel_cases", "parallel_programs"])
+def test_eight_devices(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{cases}.py"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

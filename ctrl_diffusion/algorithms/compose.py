@@ -261,6 +261,16 @@ def compose(
         return layout.constrain(learned, layout.parameters), metrics | value_metrics
 
     @jax.jit(donate_argnums=0)
+    def sweep(learned, fixed, reference, rows: Rows, order: Int[Array, "k m"]):
+        """The updates on all minibatches of a pass, one after the other; metrics of the first and of the last."""
+
+        def one(learned, i):
+            return update(learned, fixed, reference, select(rows, order, i))
+
+        learned, metrics = jax.lax.scan(one, learned, jnp.arange(minibatches))
+        return learned, [{name: v[i] for name, v in metrics.items()} for i in (0, -1)]
+
+    @jax.jit(donate_argnums=0)
     def finish(policy, fixed, models: Models, rows: Rows):
         """The update on all rows, of a trust region that makes one, of the parameters and their average."""
         params, average = policy
@@ -318,6 +328,10 @@ def compose(
         history: list[dict[str, Any]] = []
         for k in jax.random.split(key_rows, epochs):
             order = shuffle(k)
+            if training.scan_minibatches:
+                learned, ends_of_pass = layout.paced(sweep(learned, fixed, state.reference, rows, order))
+                history += ends_of_pass
+                continue
             for i in range(minibatches):
                 some = layout.paced(select(rows, order, i))
                 learned, update_metrics = layout.paced(update(learned, fixed, state.reference, some))
@@ -333,9 +347,9 @@ def compose(
             metrics, ends, fresh.reward, cond
         )
 
-    programs = Programs(draw, collect, annotate, join, remember, prepare, shuffle, select, update, finish)
+    programs = Programs(draw, collect, annotate, join, remember, prepare, shuffle, select, update, sweep, finish)
     calls = _calls(objective, estimator, critic, trust_region, training, rows_in_all)
-    return Algorithm(init, step, calls, programs, fixed, training.rollouts)
+    return Algorithm(init, step, calls, programs, fixed, training.rollouts, training.scan_minibatches)
 
 
 def _is_array(v: Any) -> bool:

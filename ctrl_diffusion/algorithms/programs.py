@@ -62,7 +62,11 @@ def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Pa
     _, trained_on = call("remember", key, memory, fresh)
     rows, _ = call("prepare", fixed, key, models, rollout(trained_on))
     rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), partial(layout.batch, axis=1))
-    some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
-    call("update", (params, value_params, opt, value_opt, average), fixed, reference, some)
+    learned = (params, value_params, opt, value_opt, average)
+    if algorithm.scan_minibatches:
+        call("sweep", learned, fixed, reference, rows, order)
+    else:
+        some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
+        call("update", learned, fixed, reference, some)
     call("finish", (params, average), fixed, models, rows)
     return found
