@@ -26,6 +26,9 @@ def panel(metrics: Mapping[str, Any], kind: str) -> Panel:
     below = f"{metrics[f'{kind}_ratio_to_scan']:.3f}x the scan's time"
     if over_torch is not None:
         below += f"; {over_torch:.2f}x as fast as {metrics[f'{kind}_faster_torch']}"
+    where = f"{metrics['device']}, batch {metrics['batch']}, {metrics['steps']} steps"
+    if kind == "update" and metrics.get("scan_minibatches"):
+        where += "; minibatches scanned"
 
     def draw(axes: Axes) -> None:
         for i, (row, color) in enumerate(zip(rows, COLORS)):
@@ -40,6 +43,6 @@ def panel(metrics: Mapping[str, Any], kind: str) -> Panel:
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=FONT - 1)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"{below}\n{metrics['device']}, batch {metrics['batch']}, {metrics['steps']} steps", fontsize=FONT - 1)
+        axes.set_xlabel(f"{below}\n{where}", fontsize=FONT - 1)
 
     return Panel(title, f"{title}: {below}.", draw)
