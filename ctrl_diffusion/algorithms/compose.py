@@ -331,11 +331,11 @@ def compose(
             if training.scan_minibatches:
                 learned, ends_of_pass = layout.paced(sweep(learned, fixed, state.reference, rows, order))
                 history += ends_of_pass
-                continue
-            for i in range(minibatches):
-                some = layout.paced(select(rows, order, i))
-                learned, update_metrics = layout.paced(update(learned, fixed, state.reference, some))
-                history.append(update_metrics)
+            else:
+                for i in range(minibatches):
+                    some = layout.paced(select(rows, order, i))
+                    learned, update_metrics = layout.paced(update(learned, fixed, state.reference, some))
+                    history.append(update_metrics)
         params, value_params, opt, value_opt, average = learned
         (params, average), finish_metrics = layout.paced(
             finish((params, average), fixed, Models(state.reference, value_params), rows)
