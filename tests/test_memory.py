@@ -142,10 +142,10 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize("name", ONE_STEP)
-def test_every_program_is_compiled_once(name, tmp_path, compilations):
+@pytest.mark.parametrize("name, scanned", [*((name, False) for name in ONE_STEP), ("likelihood ratio", True)])
+def test_every_program_is_compiled_once(name, scanned, tmp_path, compilations):
     """In the loop that trains, with evaluations in between."""
-    algorithm = composed(name, 4, batch=8, epochs=2, minibatches=2, rollouts=2)
+    algorithm = composed(name, 4, batch=8, epochs=2, minibatches=2, rollouts=2, scan_minibatches=scanned)
     run, seen = RunDirectory(tmp_path, {}), []
 
     def evaluate(state):
@@ -157,7 +157,8 @@ def test_every_program_is_compiled_once(name, tmp_path, compilations):
         evaluate_every=1, checkpoint_every=2, kl_budget=None,
     )  # fmt: skip
     sizes = {program: v._cache_size() for program, v in algorithm.programs._asdict().items()}
-    assert sizes == dict.fromkeys(sizes, 1)
+    unused = {"select", "update"} if scanned else {"sweep"}
+    assert sizes == {program: int(program not in unused) for program in sizes}
     ours = {name: count for name, count in compilations.items() if name.removeprefix("jit(")[:-1] in (*sizes, "judge")}
-    assert len(ours) == len(sizes) + 1 and set(ours.values()) == {1}
+    assert len(ours) == len(sizes) - len(unused) + 1 and set(ours.values()) == {1}
     assert seen[1:] == seen[1:2] * 3, seen  # nor anything else
