@@ -2,10 +2,15 @@
 
 Programs that several tests compile are compiled once: workers and the processes that tests start share a cache on disk that
 goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
+
+Tests on the CPU spend their time in the compiler, not in what it makes, so its machine code is not optimised: that takes a
+third of the time. Memory and collectives are decided before. Where numbers of programs on different devices must be equal
+bit for bit (`test_parallel.py`) the compiler is as users have it, and everywhere with `XLA_FLAGS=''` before the command.
 """
 
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 
@@ -14,6 +19,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from the fi
     CACHE = tempfile.TemporaryDirectory(prefix="ctrl-diffusion-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+if "XLA_FLAGS" not in os.environ and os.environ["JAX_PLATFORMS"] == "cpu":
+    QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    try_them = [sys.executable, "-c", "import jax; jax.devices()"]  # XLA ends a process whose flags it does not know
+    known = subprocess.run(try_them, env=os.environ | {"XLA_FLAGS": QUICK}, capture_output=True).returncode == 0
+    os.environ["XLA_FLAGS"] = QUICK if known else ""
 
 import jaxtyping
 import pytest

@@ -17,16 +17,23 @@ import safetensors.numpy
 REPOSITORY = Path(__file__).parent.parent
 
 
-def environment(devices, **others):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def environment(devices, flags="", **others):
+    """The compiler is as users have it, unless it is given the flags of the other tests."""
+    flags = f"{flags} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | others
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["parallel_cases", "parallel_programs"])
-def test_eight_devices(cases):
+@pytest.mark.parametrize(
+    "cases, flags",
+    [
+        pytest.param("parallel_cases", "", id="numbers"),
+        pytest.param("parallel_programs", os.environ.get("XLA_FLAGS", ""), id="programs"),
+    ],
+)
+def test_eight_devices(cases, flags):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{cases}.py"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(8), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(8, flags), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
