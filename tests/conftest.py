@@ -3,9 +3,9 @@
 Programs that several tests compile are compiled once: workers and the processes that tests start share a cache on disk that
 goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
 
-Tests on the CPU spend their time in the compiler, not in what it makes, so its machine code is not optimised: that takes a
-third of the time. Memory and collectives are decided before. Where numbers of programs on different devices must be equal
-bit for bit (`test_parallel.py`) the compiler is as users have it, and everywhere with `XLA_FLAGS=''` before the command.
+Tests on the CPU spend their time in the compiler, not in what it makes, so machine code is not optimised: compilation then
+takes a third of the time. Memory and collectives are decided before. Where numbers of programs on different devices must be
+equal bit for bit (`test_parallel.py`) the compiler is as users have it, and everywhere with `XLA_FLAGS=''` in front.
 """
 
 import importlib.util

@@ -123,4 +123,5 @@ def test_forward_derivatives_agree_with_backward_ones():
     preprocess = Preprocess(24)
     _, forward = jax.jvp(preprocess, (images,), (tangent,))
     (backward,) = jax.vjp(preprocess, images)[1](jnp.ones((1, 24, 24, 3)))
-    np.testing.assert_allclose(jnp.sum(forward), jnp.vdot(backward, tangent), rtol=1e-5)
+    rounding = jnp.finfo(jnp.float32).eps * jnp.sum(jnp.abs(forward))  # of terms of both signs, which cancel to a thousandth
+    np.testing.assert_allclose(jnp.sum(forward), jnp.vdot(backward, tangent), rtol=0, atol=rounding)
