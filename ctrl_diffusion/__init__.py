@@ -41,9 +41,10 @@ from .critics import Critic as Critic
 from .diversity import vendi_score as vendi_score
 from .drift import DriftProcess as DriftProcess
 from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
+from .lookahead import few_step_ode as few_step_ode, posterior_mean as posterior_mean
 from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save
 from .networks import ResidualMLP as ResidualMLP, score_control as score_control, value_network as value_network
-from .objective import Objective as Objective, few_step_ode as few_step_ode, posterior_mean as posterior_mean
+from .objective import Objective as Objective
 from .optimum import (
     Optimum as Optimum,
     is_memoryless as is_memoryless,
@@ -58,6 +59,7 @@ from .process import (
     ControlFn as ControlFn,
     DiffusionProcess as DiffusionProcess,
 )
+from .replay import Reference as Reference, ReplayBuffer as ReplayBuffer
 from .rewards import (
     Reward as Reward,
     black_box as black_box,
@@ -81,7 +83,6 @@ from .schedules import (
     VPTable as VPTable,
 )
 from .solvers import sample_keys as sample_keys
-from .states import Reference as Reference, Replay as Replay
 from .trust import FirstOrder as FirstOrder, NaturalGradient as NaturalGradient
 from .values import (
     AbstractValue as AbstractValue,

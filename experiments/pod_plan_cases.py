@@ -26,7 +26,6 @@ class Case(NamedTuple):
         value_params: shapes of the value's, `()` without one.
         batch: the experiment's own global batch.
         intervals: control intervals of a path.
-        updates: how often an iteration runs `select` and `update`.
     """
 
     algorithm: Callable[[Layout, int], cd.Algorithm]
@@ -34,7 +33,6 @@ class Case(NamedTuple):
     value_params: Any
     batch: int
     intervals: int
-    updates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ def digits_case(settings: Settings) -> Case:
 
     _, value_params = digits._algorithm(config, model.sampler, reward, kl_weight, ONE_DEVICE)
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (model.params, value_params))
-    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps, config.epochs * config.minibatches)
+    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps)
 
 
 def text_to_image_case(settings: Settings) -> Case:
@@ -98,7 +96,7 @@ def text_to_image_case(settings: Settings) -> Case:
     given = {name: getattr(settings, name, None) for name in names if name not in ("out", "batch", "devices", "precision")}
     config = planned_config({name: v for name, v in given.items() if v is not None})
     algorithm, params, value_params = text_to_image_programs(config)
-    return Case(algorithm, params, value_params, config.batch, config.steps, config.epochs * config.minibatches)
+    return Case(algorithm, params, value_params, config.batch, config.steps)
 
 
 EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.advantages import Clip
 from ctrl_diffusion.critics import returns
-from ctrl_diffusion.objective import Clip
 from ctrl_diffusion.values import AbstractValue
 
 

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int, Key
 import ctrl_diffusion as cd
 from ctrl_diffusion.exact import MixtureControl
 from ctrl_diffusion.exact.mixture import Components
-from ctrl_diffusion.objective import Rollout
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import expand
+from ctrl_diffusion.rollout import Rollout
 from ctrl_diffusion.solvers import power
 
 from . import data as datasets
@@ -89,7 +89,8 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
         noise = (x[1:] - moved) / expand(steps.std, a_old)
         x_hat = jax.vmap(problem.process.terminal_mean)(ts[:-1], x[:-1], a_ref)
         reward = jax.vmap(problem.reward)
-        return Rollout(ts, x, noise, a_old, a_ref, x_hat, reward(x_hat), problem.reward(x[-1])), reward(x[:-1])
+        paid = objective.step_prices(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, noise)
+        return Rollout(ts, x, problem.reward(x[-1]), *paid, x_hat=x_hat, r_hat=reward(x_hat)), reward(x[:-1])
 
     # one batch per seed, and one that no seed trains on
     key, paths = jax.random.key(11 + optimal), max(size.paths, size.states)
@@ -205,7 +206,7 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
         keys = cd.sample_keys(key, paths)
         parts = [draw(keys[i : i + 1024]) for i in range(0, paths, 1024)]
         x, noise, a, x_hat, r_hat, r_noisy, final = (jnp.concatenate(column, axis=1) for column in zip(*parts))
-        return Rollout(sampler.ts, x, noise, a, a, x_hat, r_hat, final[0]), r_noisy
+        return Rollout(sampler.ts, x, final[0], jnp.zeros_like(r_hat), jnp.zeros_like(r_hat), x_hat=x_hat, r_hat=r_hat), r_noisy
 
     key = jax.random.key(3)
     batches = [rollout(jax.random.fold_in(key, s), size.paths) for s in range(size.seeds)]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
+from ctrl_diffusion.critics import log_ratio_to_go, soft_error
 from ctrl_diffusion.estimators import (
     GradientBalance,
     LeanAdjoint,
@@ -50,21 +51,26 @@ LEARNED, PHI = cd.value_network(cd.ResidualMLP((2,), (), width=16, depth=1, rngs
 
 
 def critic():
-    return cd.Critic(cd.StructuredValue(LEARNED, PROCESS.t0, PROCESS.t1), optax.sgd(1.0))
+    return cd.Critic(cd.StructuredValue(LEARNED, PROCESS.t0, PROCESS.t1))
+
+
+def soft_critic():
+    return cd.Critic(critic().value, log_ratio_to_go, soft_error)
 
 
 NONE = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
 CASES = {
     "likelihood ratio": lambda: (cd.estimators.LikelihoodRatio(clip=0.2), critic(), None),
-    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.states.Reference()),
+    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.Reference()),
     "pathwise, one step": lambda: (Pathwise(1), critic(), None),
     "pathwise, all steps": lambda: (Pathwise(STEPS), NONE, None),
-    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.states.Replay(2 * BATCH)),
+    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.ReplayBuffer(2 * BATCH)),
     "matching a gradient": lambda: (Matching(value_gradient), critic(), None),
     "matching the adjoint": lambda: (Matching(LeanAdjoint()), NONE, None),
     "detailed balance": lambda: (GradientBalance(), critic(), None),
     "log-variance": lambda: (LogVariance(), NONE, None),
     "path consistency": lambda: (PathConsistency(), critic(), None),
+    "soft error": lambda: (Pathwise(1), soft_critic(), None),
     "natural gradient": lambda: (cd.estimators.LikelihoodRatio(), critic(), None),
 }
 
@@ -85,14 +91,14 @@ def host_reward(x):
 
 def iteration(name, layout, reward=None, **settings):
     """One iteration with plain gradient descent: differences of parameters are gradients."""
-    estimator, chosen, states = CASES[name]()
+    estimator, chosen, behaviour = CASES[name]()
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
     objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
     policy = cd.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
     settings = {"minibatches": 2, "average": 0.9} | settings
-    training = cd.Training(policy, BATCH, layout=layout, **settings)
-    algorithm = cd.compose(objective, estimator, chosen, training, states=states)
+    training = cd.Training(policy, BATCH, value=optax.sgd(1.0), layout=layout, **settings)
+    algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)
     params, phi = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, PHI))
     state, info = algorithm.step(jax.random.key(3), algorithm.init(params, phi))
     return state, info
@@ -155,7 +161,7 @@ def test_conditions_and_fixed_arrays_do_not_depend_on_the_devices():
     assert len(set(np.asarray(info.cond).tolist())) == 4
 
 
-@pytest.mark.parametrize("name", ["likelihood ratio", "pathwise, all steps", "path consistency"])
+@pytest.mark.parametrize("name", ["likelihood ratio", "pathwise, all steps", "path consistency", "log-variance", "soft error"])
 def test_accumulation_gives_the_same_update(name):
     alone = iteration(name, Layout(), minibatches=1)[0]
     for layout in (Layout(), layouts()["two"]):
@@ -214,17 +220,15 @@ def test_rollouts_in_parts_are_the_same_paths(name):
 def test_the_devices_sample_while_the_host_judges(monkeypatch):
     """All parts are handed to the devices before the host waits for the first."""
     events = []
-    module = sys.modules["ctrl_diffusion.algorithms.compose"]
+    module = sys.modules["ctrl_diffusion.algorithms.collect"]
     paced, judge = Layout.paced, module.evaluate_parts
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
     monkeypatch.setattr(module, "evaluate_parts", lambda *args: events.append("host") or judge(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
-    assert events[:8] == ["device"] * 5 + ["host", "host", "device"]  # conditions (here none), then paths and their actions
+    assert events[:8] == ["device"] * 6 + ["host", "device"]  # keys, conditions (here none), then paths and their actions
 
 
-def test_statistics_of_a_minibatch_are_not_accumulated():
-    with pytest.raises(ValueError, match="accumulation=4: the loss of LogVariance is a statistic"):
-        iteration("log-variance", Layout(), accumulation=4)
+def test_microbatches_divide_a_minibatch():
     with pytest.raises(ValueError, match="accumulation=3 must divide the rows of a minibatch, 128"):
         iteration("likelihood ratio", Layout(), accumulation=3)
 

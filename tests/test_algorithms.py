@@ -19,9 +19,10 @@ from ctrl_diffusion.estimators import (
     Pathwise,
     value_gradient,
 )
-from ctrl_diffusion.objective import Rollout, Rows, chi_squared, squared_hellinger
+from ctrl_diffusion.objective import chi_squared, squared_hellinger
+from ctrl_diffusion.replay import positive_reward
+from ctrl_diffusion.rollout import Rollout, Rows
 from ctrl_diffusion.solvers import power
-from ctrl_diffusion.states import positive_reward
 from ctrl_diffusion.trust import fisher_product, moved_kl
 from ctrl_diffusion.values import NoValue
 
@@ -94,8 +95,8 @@ def test_reverse_detailed_balance_finds_the_value():
         def __call__(self, params, t, x, x_hat, r_hat, cond=None):
             return tilted(params, t, x, x_hat, r_hat)
 
-    critic = cd.Critic(Tilted(), optax.sgd(1.0))
-    algorithm = cd.compose(problem, GradientBalance(), critic, cd.Training(optax.sgd(0.0), 2048))
+    critic = cd.Critic(Tilted())
+    algorithm = cd.compose(problem, GradientBalance(), critic, cd.Training(optax.sgd(0.0), 2048, value=optax.sgd(1.0)))
     slopes = []
     for w in (-0.3, 0.0, 0.3):
         state = algorithm.init(jnp.asarray([1.0, 0.0, 0.0]), jnp.asarray(w))._replace(reference=jnp.zeros(3))
@@ -111,7 +112,7 @@ def pairs(problem, params, batch=512):
     j = jnp.repeat(jnp.arange(n), batch)
     x = path.x[:-1].reshape(n * batch, 1)
     empty = jnp.zeros(n * batch)
-    return Rows(j, x, x, x, x, x, x, empty, jnp.ones_like(empty), empty, empty)
+    return Rows(j, x, jnp.ones_like(empty))
 
 
 def test_fisher_product_is_the_hessian_of_the_path_kl():
@@ -196,11 +197,14 @@ def rollout(batch, tag):
     n = 3
     x = jnp.full((n + 1, batch, 1), float(tag))
     step = x[:-1]
-    return Rollout(jnp.arange(4.0), x, step, step, step, step, jnp.full((n, batch), float(tag)), jnp.full(batch, float(tag)))
+    pairs = jnp.full((n, batch), float(tag))
+    return Rollout(
+        jnp.arange(4.0), x, jnp.full(batch, float(tag)), pairs, pairs, noise=step, a_ref=step, x_hat=step, r_hat=pairs
+    )
 
 
 def test_replay_is_first_in_first_out():
-    replay = cd.Replay(4)
+    replay = cd.ReplayBuffer(4)
     memory = replay.init(rollout(2, 0))
     for tag in (1, 2, 3):
         memory, drawn = replay.update(jax.random.key(tag), memory, rollout(2, tag))
@@ -215,13 +219,13 @@ def test_replay_is_first_in_first_out():
 
 
 def test_replay_by_priority():
-    replay = cd.Replay(4, positive_reward)
+    replay = cd.ReplayBuffer(4, positive_reward)
     memory = replay.init(rollout(2, 0))
     memory, _ = replay.update(jax.random.key(0), memory, rollout(2, -1))
     drawn = [replay.update(jax.random.key(i), memory, rollout(2, 5))[1].reward for i in range(20)]
     assert np.all(np.concatenate(drawn) == 5.0)  # paths without a positive reward are never drawn
     with pytest.raises(ValueError, match="capacity=1 must hold at least one batch of 2"):
-        cd.Replay(1).init(rollout(2, 0))
+        cd.ReplayBuffer(1).init(rollout(2, 0))
 
 
 def test_sampled_times_leave_the_gradient_where_it_is():
@@ -230,7 +234,7 @@ def test_sampled_times_leave_the_gradient_where_it_is():
     t = jnp.linspace(0.0, 0.9, n)
     j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
     values = jnp.exp(t)[:, None] + 0.1 * jax.random.normal(jax.random.key(1), (n, batch))
-    columns = Rows(j, *[values] * 7, jnp.ones_like(values), values, values)
+    columns = Rows(j, values, jnp.ones_like(values), values, noise=values)
     rows = cd.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
     np.testing.assert_array_equal(
         rows.signal, values[rows.j, jnp.arange(batch)]
@@ -299,11 +303,11 @@ def test_a_strangers_algorithm():
         return problem.reference_action(None, t, x) + net(params, t, x)
 
     sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 100, 1.5))
-    soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), optax.adam(3e-3), log_ratio_to_go, soft_error)
+    soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), log_ratio_to_go, soft_error)
     rate = optax.cosine_decay_schedule(4e-3, 60 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
-        cd.Training(optax.adam(rate), batch=256, minibatches=16), states=cd.Replay(512),
+        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(3e-3)), behaviour=cd.ReplayBuffer(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 60):
@@ -320,7 +324,7 @@ REFUSALS = {
     "guess of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
     "no temperature": (lambda o: cd.log_variance(o, TRAINING), "kl_weight=0: the log-variance divides by it"),
     "soft value without a price": (
-        lambda o: cd.compose(o, Pathwise(1), cd.Critic(EXACT.value, optax.sgd(0.1), loss=soft_error), TRAINING),
+        lambda o: cd.compose(o, Pathwise(1), SOFT, TRAINING._replace(value=optax.sgd(0.1))),
         "kl_weight=0: the soft error of a value divides by it",
     ),
     "times of whole paths": (
@@ -344,6 +348,7 @@ REFUSALS = {
     "no steps": (lambda o: Pathwise(-1), "steps=-1 must be at least 0"),
 }
 TRAINING = cd.Training(optax.sgd(0.1), 8)
+SOFT = cd.Critic(cd.PlainValue(control, PROCESS.t0, PROCESS.t1), loss=soft_error)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -370,11 +375,11 @@ def test_stratified_minibatches_deal_out_groups_of_rows(minibatches):
     """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows."""
     training = cd.Training(optax.sgd(1.0), 4, minibatches=minibatches, stratified=True)
     algorithm = cd.compose(objective(5), Pathwise(1), EXACT, training)
-    rows = Rows(jnp.tile(jnp.arange(5), 4), *(jnp.arange(20.0)[:, None] for _ in Rows._fields[1:]))
+    rows = Rows(jnp.tile(jnp.arange(5), 4), jnp.arange(20.0)[:, None], jnp.ones(20))
     dealt = []
     for seed in range(40):
-        order = algorithm.programs.shuffle(jax.random.key(seed))
-        parts = [algorithm.programs.select(rows, order, i) for i in range(minibatches)]
+        order = algorithm.programs["shuffle"].run(jax.random.key(seed))
+        parts = [algorithm.programs["select"].run(rows, order, i) for i in range(minibatches)]
         x = np.stack([part.x[:, 0] for part in parts]).astype(int)  # [minibatches, rows of one]
         assert sorted(x.ravel()) == list(range(20))
         np.testing.assert_array_equal(x // minibatches, np.broadcast_to(np.arange(20 // minibatches), x.shape))

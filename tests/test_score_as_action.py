@@ -8,9 +8,7 @@ import optax
 import pytest
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.critics import kl_to_go, returns
-from ctrl_diffusion.exact import GaussianQuadratic
-from ctrl_diffusion.objective import (
+from ctrl_diffusion.advantages import (
     advantages,
     clipped_surrogate,
     standardise_all,
@@ -18,6 +16,8 @@ from ctrl_diffusion.objective import (
     to_go,
     value_increments,
 )
+from ctrl_diffusion.critics import kl_to_go, returns
+from ctrl_diffusion.exact import GaussianQuadratic
 from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.solvers import power
 from ctrl_diffusion.values import identity, one_minus

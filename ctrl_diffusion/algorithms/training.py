@@ -9,22 +9,51 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from ..estimators import Calls
-from ..objective import Rows
 from ..parallel import ONE_DEVICE, Layout
 from ..process import Cond, Params
+from ..rollout import Rows
 from ..trust import AbstractTrustRegion
 
 
-class State(NamedTuple):
-    """Everything a resume needs."""
+class Learned(NamedTuple):
+    """What updates change: parameters of policy and value, the states of their optimisers, and a running average of the policy's."""
 
     params: Params
-    reference: Params
     value_params: Params
     optimizer: Any
     value_optimizer: Any
-    memory: Any = ()
     average: Params = ()
+
+
+class State(NamedTuple):
+    """Everything a resume needs.
+
+    Attributes:
+        learned: what updates change.
+        reference: parameters of the reference.
+        buffer: paths of earlier iterations, for a replay buffer.
+        kl_weight: the temperature lambda, reward units per nat of path KL.
+    """
+
+    learned: Learned
+    reference: Params
+    buffer: Any
+    kl_weight: Float[Array, ""]
+
+    @property
+    def params(self) -> Params:
+        """Parameters of the policy."""
+        return self.learned.params
+
+    @property
+    def value_params(self) -> Params:
+        """Parameters of the value."""
+        return self.learned.value_params
+
+    @property
+    def average(self) -> Params:
+        """The running average of the policy's parameters; `()` where none is kept."""
+        return self.learned.average
 
 
 class Info(NamedTuple):
@@ -96,26 +125,6 @@ class Training(NamedTuple):
     scan_minibatches: bool = False
 
 
-class Programs(NamedTuple):
-    """The compiled programs of an iteration (see `programs.lower`).
-
-    `collect` and `annotate` run once for each of `rollouts` parts, which `join` joins if there are several; `select` and `update` run
-    once per minibatch, or `sweep` once per pass where minibatches are scanned.
-    """
-
-    draw: Any
-    collect: Any
-    annotate: Any
-    join: Any
-    remember: Any
-    prepare: Any
-    shuffle: Any
-    select: Any
-    update: Any
-    sweep: Any
-    finish: Any
-
-
 class Algorithm(NamedTuple):
     """`state = init(params, value_params)` (`init(params)` without a learned value); `state, info = step(key, state)`.
 
@@ -124,12 +133,14 @@ class Algorithm(NamedTuple):
 
     init: Callable[..., State]
     step: Callable[[Key[Array, ""], State], tuple[State, Info]]
-    calls: Calls
-    """What one iteration evaluates, in samples (a value network not counted)."""
-    programs: Programs
     fixed: Any
-    """The arrays that control and reward hold, which nothing changes: the first argument of programs that need them."""
-    rollouts: int = 1
-    """Parts that the paths of an iteration are sampled in."""
-    scan_minibatches: bool = False
-    """Whether a pass is one program."""
+    """The arrays that control and reward hold, which nothing changes: arguments of the programs that need them."""
+    recipe: Any
+    """What it is composed of, an `algorithms.Recipe`."""
+    programs: dict[str, Any]
+    """The programs of an iteration by name, each a `programs.Program`."""
+
+    @property
+    def calls(self) -> Calls:
+        """What one iteration evaluates, in samples (a value network not counted)."""
+        return self.recipe.calls()
