@@ -8,6 +8,7 @@ from . import (
     exact as exact,
     image_rewards as image_rewards,
     predictions as predictions,
+    pretrained as pretrained,
     rewards as rewards,
     schedules as schedules,
     solvers as solvers,

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from ..chunks import in_chunks
+from ..pretrained.clip import CLIP, CLIPImages, unit
+from ..pretrained.tokens import tokenize
 from ..rewards import Reward, differentiable
-from ..stable_diffusion.folder import tokenize
 from .blip import ImageRewardNetwork
-from .clip import CLIP, CLIPImages, unit
 from .linear import LinearLayers
 from .pixels import Images, Preprocess, check_images
 
