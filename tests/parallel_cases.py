@@ -89,7 +89,7 @@ def iteration(name, layout, reward=None, **settings):
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
     objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
-    policy = cd.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
+    policy = cd.trust.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
     settings = {"minibatches": 2, "average": 0.9} | settings
     training = cd.Training(policy, BATCH, layout=layout, **settings)
     algorithm = cd.compose(objective, estimator, chosen, training, states=states)

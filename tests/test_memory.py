@@ -96,7 +96,7 @@ def test_a_natural_gradient_takes_a_part_of_the_rows_at_a_time():
     sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))
 
     def memory(parts):
-        training = cd.Training(cd.NaturalGradient(0.1), batch=2048, accumulation=parts)
+        training = cd.Training(cd.trust.NaturalGradient(0.1), batch=2048, accumulation=parts)
         algorithm = cd.ddpo(cd.Objective(sampler, cd.differentiable(mean), kl_weight=0.0), training)
         lowered = cd.algorithms.lower(algorithm, Layout(), params)
         return lowered["finish"].compile().memory_analysis().temp_size_in_bytes
@@ -112,7 +112,7 @@ def test_parameters_and_memories_are_overwritten():
     """The compiled programs write their results where they found what these replace."""
     estimator, critic = ONE_STEP["pathwise"]
     training = cd.Training(optax.adam(1e-3), batch=8, average=0.99)
-    algorithm = cd.compose(objective(4), estimator, critic, training, states=cd.Replay(16))
+    algorithm = cd.compose(objective(4), estimator, critic, training, states=cd.states.Replay(16))
     state, programs = algorithm.init(PARAMS, PHI), compiled(algorithm)
     learned = (state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)
     kept = {

@@ -118,7 +118,7 @@ class ForPrompts(eqx.Module):
 
 
 def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, *, chunk: int | None = None) -> Reward:
-    """`ctrl_diffusion.Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
+    """A `Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
 
     Args:
         prompts: all that there are; those longer than the reward can read are cut off.
