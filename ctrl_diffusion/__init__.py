@@ -1,17 +1,37 @@
-"""ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control."""
+"""ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control.
+
+Pretrained networks and problems with known answers (`pretrained`, `stable_diffusion`, `image_rewards`, `exact`) are imported
+when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import (
+    advantages as advantages,
     algorithms as algorithms,
     conversions as conversions,
+    convolutions as convolutions,
     critics as critics,
+    diversity as diversity,
     estimators as estimators,
-    exact as exact,
-    image_rewards as image_rewards,
+    exploration as exploration,
+    lookahead as lookahead,
+    networks as networks,
+    objective as objective,
+    optimum as optimum,
+    parallel as parallel,
     predictions as predictions,
+    pretrain as pretrain,
+    process as process,
+    replay as replay,
     rewards as rewards,
+    rollout as rollout,
+    sampler as sampler,
     schedules as schedules,
     solvers as solvers,
-    stable_diffusion as stable_diffusion,
+    trust as trust,
+    values as values,
 )
 from .algorithms import (
     Algorithm as Algorithm,
@@ -91,3 +111,23 @@ from .values import (
     PlainValue as PlainValue,
     StructuredValue as StructuredValue,
 )
+
+_ON_FIRST_USE = ("exact", "image_rewards", "pretrained", "stable_diffusion")
+
+if TYPE_CHECKING:
+    from . import (
+        exact as exact,
+        image_rewards as image_rewards,
+        pretrained as pretrained,
+        stable_diffusion as stable_diffusion,
+    )
+else:  # hidden from type checkers, for which a module with `__getattr__` has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _ON_FIRST_USE:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

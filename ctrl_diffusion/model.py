@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -75,6 +74,8 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
 
     The solver must be the default `ExponentialEuler` or is recorded by name only; see `load`.
     """
+    from safetensors.flax import save_file  # needed for nothing else
+
     process, schedule = model.process, model.process.schedule
     description = {
         "format": FORMAT,
@@ -91,7 +92,7 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
     }
     with replaced(Path(directory)) as temporary:
         (temporary / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-        safetensors.flax.save_file(_flat(model.params), str(temporary / "params.safetensors"))
+        save_file(_flat(model.params), str(temporary / "params.safetensors"))
 
 
 def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, solver: Any = None, grid=None) -> DiffusionModel:
@@ -145,8 +146,10 @@ def _tuple(v: Any) -> Any:
 
 def _read(path: Path, expected: Params) -> Params:
     """Parameters from a file whose names, shapes and types must be the expected ones."""
+    from safetensors.flax import load_file
+
     try:
-        found = safetensors.flax.load_file(str(path))
+        found = load_file(str(path))
     except Exception as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     wanted = _flat(expected)

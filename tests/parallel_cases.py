@@ -61,10 +61,10 @@ def soft_critic():
 NONE = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
 CASES = {
     "likelihood ratio": lambda: (cd.estimators.LikelihoodRatio(clip=0.2), critic(), None),
-    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.Reference()),
+    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.replay.Reference()),
     "pathwise, one step": lambda: (Pathwise(1), critic(), None),
     "pathwise, all steps": lambda: (Pathwise(STEPS), NONE, None),
-    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.ReplayBuffer(2 * BATCH)),
+    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.replay.ReplayBuffer(2 * BATCH)),
     "matching a gradient": lambda: (Matching(value_gradient), critic(), None),
     "matching the adjoint": lambda: (Matching(LeanAdjoint()), NONE, None),
     "detailed balance": lambda: (GradientBalance(), critic(), None),
@@ -95,7 +95,7 @@ def iteration(name, layout, reward=None, **settings):
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
     objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
-    policy = cd.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
+    policy = cd.trust.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
     settings = {"minibatches": 2, "average": 0.9} | settings
     training = cd.Training(policy, BATCH, value=optax.sgd(1.0), layout=layout, **settings)
     algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)

@@ -87,7 +87,7 @@ def test_reverse_detailed_balance_finds_the_value():
     def tilted(params, t, x, x_hat, r_hat, cond=None):
         return PROBLEM.value(t, x) + params * (1 - jnp.broadcast_to(t, x.shape[:1]) / PROCESS.t1) * x[:, 0] ** 2
 
-    class Tilted(cd.AbstractValue):
+    class Tilted(cd.values.AbstractValue):
         t0: float = PROCESS.t0
         t1: float = PROCESS.t1
         uses_reward: bool = False
@@ -141,7 +141,7 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
 def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
     """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
     radius = 0.03
-    region = cd.NaturalGradient(radius, fisher_rows=fisher_rows)
+    region = cd.trust.NaturalGradient(radius, fisher_rows=fisher_rows)
     training = cd.Training(region, 512, 1, 1)
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
@@ -165,7 +165,7 @@ def test_trpo_in_parts_is_trpo():
         sampler = cd.Sampler(PROCESS, control, (1,), grid=grid(25), dtype=jnp.float64)
         problem = cd.Objective(sampler, cd.differentiable(PROBLEM.reward), PROBLEM.kl_weight)
         for parts in (1, 4):
-            training = cd.Training(cd.NaturalGradient(0.03), 64, accumulation=parts)
+            training = cd.Training(cd.trust.NaturalGradient(0.03), 64, accumulation=parts)
             algorithm = cd.score_as_action(problem, EXACT.value, training)
             found.append(algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3))))
     (one, info), (four, info_in_parts) = found
@@ -184,7 +184,7 @@ def test_the_radius_means_the_same_at_any_number_of_steps(steps):
         reward = cd.differentiable(PROBLEM.reward)
         return cd.Objective(cd.Sampler(process, control, (1,), grid=process.grid(n)), reward, PROBLEM.kl_weight)
 
-    region = cd.NaturalGradient(radius, damping=0.0)
+    region = cd.trust.NaturalGradient(radius, damping=0.0)
     algorithm = cd.score_as_action(problem(steps), EXACT.value, cd.Training(region, 4096))
     state, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3)))
     assert 0.9 * radius < float(info.metrics["update_kl"]) <= radius
@@ -204,7 +204,7 @@ def rollout(batch, tag):
 
 
 def test_replay_is_first_in_first_out():
-    replay = cd.ReplayBuffer(4)
+    replay = cd.replay.ReplayBuffer(4)
     memory = replay.init(rollout(2, 0))
     for tag in (1, 2, 3):
         memory, drawn = replay.update(jax.random.key(tag), memory, rollout(2, tag))
@@ -219,13 +219,13 @@ def test_replay_is_first_in_first_out():
 
 
 def test_replay_by_priority():
-    replay = cd.ReplayBuffer(4, positive_reward)
+    replay = cd.replay.ReplayBuffer(4, positive_reward)
     memory = replay.init(rollout(2, 0))
     memory, _ = replay.update(jax.random.key(0), memory, rollout(2, -1))
     drawn = [replay.update(jax.random.key(i), memory, rollout(2, 5))[1].reward for i in range(20)]
     assert np.all(np.concatenate(drawn) == 5.0)  # paths without a positive reward are never drawn
     with pytest.raises(ValueError, match="capacity=1 must hold at least one batch of 2"):
-        cd.ReplayBuffer(1).init(rollout(2, 0))
+        cd.replay.ReplayBuffer(1).init(rollout(2, 0))
 
 
 def test_sampled_times_leave_the_gradient_where_it_is():
@@ -235,7 +235,7 @@ def test_sampled_times_leave_the_gradient_where_it_is():
     j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
     values = jnp.exp(t)[:, None] + 0.1 * jax.random.normal(jax.random.key(1), (n, batch))
     columns = Rows(j, values, jnp.ones_like(values), values, noise=values)
-    rows = cd.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
+    rows = cd.algorithms.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
     np.testing.assert_array_equal(
         rows.signal, values[rows.j, jnp.arange(batch)]
     )  # all columns of a row are of one (time, path)
@@ -248,7 +248,7 @@ def test_sampled_times_leave_the_gradient_where_it_is():
 def test_sampled_times_train_to_the_same_gradient():
     """An iteration on 20 of 100 times of every path moves the policy as one on all of them does."""
     moves = []
-    for times in (None, cd.TimeSampling(20, lambda t: 1 + t)):
+    for times in (None, cd.algorithms.TimeSampling(20, lambda t: 1 + t)):
         algorithm = cd.compose(objective(), Matching(value_gradient), EXACT, cd.Training(optax.sgd(1.0), 4096, times=times))
         state = algorithm.init(jnp.zeros(3))
         moves.append(np.asarray(algorithm.step(jax.random.key(0), state)[0].params))
@@ -281,15 +281,15 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
 
     (m, v), (m1, v1) = moments(tau), moments(end)
     exact_end = m1 + np.sqrt(v1 / v) * (x - m)  # the flow keeps quantiles
-    errors = [cd.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (100, 200)]
+    errors = [cd.lookahead.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (100, 200)]
     assert np.max(np.abs(errors[0])) < 0.06
     np.testing.assert_allclose(errors[0], 2 * errors[1], atol=0.1 * float(np.max(np.abs(errors[0]))))  # first order
     clean = cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.0, tau_max=2.0))
     clean = cd.Sampler(clean, control, (1,), grid=clean.grid(5))
-    one = cd.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
-    np.testing.assert_allclose(one, cd.posterior_mean(clean, None, t, x, score), atol=1e-5)
+    one = cd.lookahead.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
+    np.testing.assert_allclose(one, cd.lookahead.posterior_mean(clean, None, t, x, score), atol=1e-5)
     with pytest.raises(ValueError, match="steps=0"):
-        cd.few_step_ode(0)
+        cd.lookahead.few_step_ode(0)
 
 
 def test_a_strangers_algorithm():
@@ -307,7 +307,7 @@ def test_a_strangers_algorithm():
     rate = optax.cosine_decay_schedule(4e-3, 60 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
-        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(3e-3)), behaviour=cd.ReplayBuffer(512),
+        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(3e-3)), behaviour=cd.replay.ReplayBuffer(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 60):
@@ -328,11 +328,13 @@ REFUSALS = {
         "kl_weight=0: the soft error of a value divides by it",
     ),
     "times of whole paths": (
-        lambda o: cd.log_variance(cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.TimeSampling(3))),
+        lambda o: cd.log_variance(
+            cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.algorithms.TimeSampling(3))
+        ),
         "LogVariance is trained on whole paths; use times=None",
     ),
     "no times": (
-        lambda o: cd.compose(o, Pathwise(1), EXACT, TRAINING._replace(times=cd.TimeSampling(0))),
+        lambda o: cd.compose(o, Pathwise(1), EXACT, TRAINING._replace(times=cd.algorithms.TimeSampling(0))),
         "times.number=0 must be at least 1",
     ),
     "paths do not divide": (
@@ -344,7 +346,7 @@ REFUSALS = {
         lambda o: cd.adjoint_matching(cd.Objective(o.sampler, o.reward, 1.0), TRAINING, horizon=0.0),
         "horizon=0.0 must",
     ),
-    "negative radius": (lambda o: cd.NaturalGradient(-1.0), "radius=-1.0 must be positive"),
+    "negative radius": (lambda o: cd.trust.NaturalGradient(-1.0), "radius=-1.0 must be positive"),
     "no steps": (lambda o: Pathwise(-1), "steps=-1 must be at least 0"),
 }
 TRAINING = cd.Training(optax.sgd(0.1), 8)

@@ -192,8 +192,8 @@ def test_samples_on_a_padded_grid_are_those_of_the_sampler(name, eta):
         np.testing.assert_allclose(x, path.x[-1], rtol=2e-4, atol=2e-4)
         assert (kl is not None) == (choice.gaussian and eta > 0)
         if kl is not None:
-            a, a_ref = (cd.path_actions(gaussian_score, p, path) for p in (params, jnp.asarray(0.7)))
-            np.testing.assert_allclose(kl, jnp.sum(cd.step_kl(sampler.chain_scales(), a, a_ref), axis=0), rtol=2e-3)
+            a, a_ref = (cd.sampler.path_actions(gaussian_score, p, path) for p in (params, jnp.asarray(0.7)))
+            np.testing.assert_allclose(kl, jnp.sum(cd.sampler.step_kl(sampler.chain_scales(), a, a_ref), axis=0), rtol=2e-3)
 
 
 # -- statistics ---------------------------------------------------------------------------------------------------------------------

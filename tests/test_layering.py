@@ -84,6 +84,36 @@ def test_the_library_does_not_know_experiments_or_tests():
             assert level <= depth, f"{where(path, line)} leaves ctrl_diffusion/ by a relative import"
 
 
+FAMILIES = {"stable_diffusion", "image_rewards"}
+
+
+def parts_imported(path: Path):
+    """`(line, part)` of every import of the library from within: `rewards` for `from ..rewards import Reward` in a subpackage."""
+    package = ("ctrl_diffusion", *path.relative_to(ROOT / "ctrl_diffusion").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            full = [(*base, *filter(None, (node.module or "").split(".")), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            full = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name[1]) for name in full if name[0] == "ctrl_diffusion" and len(name) > 1)
+
+
+def family_of(path: Path) -> str:
+    return path.relative_to(ROOT / "ctrl_diffusion").parts[0]
+
+
+def test_model_families_share_pretrained_and_not_each_other():
+    """`pretrained/` knows no family, a family no other, and the core none of them."""
+    for path in sources("ctrl_diffusion"):
+        here = family_of(path)
+        banned = FAMILIES - {here} if here in FAMILIES | {"pretrained"} else FAMILIES | {"pretrained"}
+        found = [f"{where(path, line)} imports {part}" for line, part in parts_imported(path) if part in banned]
+        assert found == [] or here == "__init__.py"
+
+
 def test_experiments_do_not_know_tests():
     assert offences("experiments", {"tests"}) == []
 

@@ -97,7 +97,7 @@ def test_a_natural_gradient_takes_a_part_of_the_rows_at_a_time():
     sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))
 
     def memory(parts):
-        training = cd.Training(cd.NaturalGradient(0.1), batch=2048, accumulation=parts)
+        training = cd.Training(cd.trust.NaturalGradient(0.1), batch=2048, accumulation=parts)
         algorithm = cd.ddpo(cd.Objective(sampler, cd.differentiable(mean), kl_weight=0.0), training)
         lowered = cd.algorithms.lower(algorithm, params)
         return lowered["finish"].compile().memory_analysis().temp_size_in_bytes
@@ -113,7 +113,7 @@ def test_parameters_and_memories_are_overwritten():
     """The compiled programs write their results where they found what these replace."""
     estimator, critic = ONE_STEP["pathwise"]
     training = cd.Training(optax.adam(1e-3), batch=8, average=0.99)
-    algorithm = cd.compose(objective(4), estimator, critic, training, behaviour=cd.ReplayBuffer(16))
+    algorithm = cd.compose(objective(4), estimator, critic, training, behaviour=cd.replay.ReplayBuffer(16))
     state, programs = algorithm.init(PARAMS, PHI), compiled(algorithm)
     kept = {"update": size(state.learned), "remember": size(state.buffer) - size(state.buffer[0].t)}
     for name, replaced in kept.items():  # the times of a buffer are those of the fresh paths
