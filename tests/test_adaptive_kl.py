@@ -28,11 +28,11 @@ def algorithm(kl_target, rate=0.3, kl_weight=0.7):
 def test_the_temperature_follows_the_clipped_relative_error():
     """`lambda (1 + rate clip(KL/target - 1))`, and the loss and the objective are those of the temperature before."""
     follow = algorithm(AdaptiveKL(target=4.0, rate=0.1, bound=9.0))
-    state = follow.init(jnp.asarray(1.0))._replace(reference=jnp.asarray(0.0))
+    state = follow.init(jnp.ones(()))._replace(reference=jnp.zeros(()))
     for key in jax.random.split(jax.random.key(0), 3):
         before = float(state.kl_weight)
         fixed = algorithm(None, kl_weight=before)
-        same = fixed.init(jnp.array(state.params))._replace(reference=jnp.asarray(0.0))
+        same = fixed.init(jnp.array(state.params))._replace(reference=jnp.zeros(()))
         expected, shown = fixed.step(key, same)
         state, info = follow.step(key, state)
         kl = float(info.metrics["path_kl"])
