@@ -32,7 +32,7 @@ class Choice(NamedTuple):
         needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
     """
 
-    make: Callable[[Settings], cd.Algorithm]
+    make: Callable[[Settings], cd.algorithms.Algorithm]
     description: str
     learns_value: bool = False
     priced: bool = True
@@ -40,8 +40,8 @@ class Choice(NamedTuple):
     needs_several: bool = False
 
 
-def _trpo(s: Settings) -> cd.Algorithm:
-    region = cd.NaturalGradient(s.kl_radius, fisher_rows=8192)
+def _trpo(s: Settings) -> cd.algorithms.Algorithm:
+    region = cd.trust.NaturalGradient(s.kl_radius, fisher_rows=8192)
     return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
 
 
@@ -119,13 +119,13 @@ def choose(name: str) -> Choice:
     return ALGORITHMS[name]
 
 
-def value_for(reward: cd.Reward, network, process) -> AbstractValue:
+def value_for(reward: cd.rewards.Reward, network, process) -> AbstractValue:
     """A structured value, or for a black-box reward, which has no gradient to give, a plain one."""
     form = cd.StructuredValue if reward.differentiable else cd.PlainValue
     return form(network, process.t0, process.t1)
 
 
-def require_gradient(name: str, reward: cd.Reward) -> None:
+def require_gradient(name: str, reward: cd.rewards.Reward) -> None:
     """Raise if the algorithm differentiates a reward that is a black box, and say what would work."""
     if choose(name).differentiates and not reward.differentiable:
         others = ", ".join(other for other, choice in ALGORITHMS.items() if not choice.differentiates)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ctrl_diffusion import Optimum, Reward, Sampler, optimality_gap, path_actions, sample_keys, step_kl, vendi_score
-from ctrl_diffusion.optimum import Estimate, mean_and_error
+from ctrl_diffusion import Sampler, optimality_gap, sample_keys
+from ctrl_diffusion.diversity import vendi_score
+from ctrl_diffusion.optimum import Estimate, Optimum, mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.process import Cond
-from ctrl_diffusion.rewards import evaluate as evaluate_reward
+from ctrl_diffusion.rewards import Reward, evaluate as evaluate_reward
+from ctrl_diffusion.sampler import path_actions, step_kl
 
 
 class Samples(NamedTuple):

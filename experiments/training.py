@@ -11,9 +11,10 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from ctrl_diffusion import DiffusionModel, denoising_loss
+from ctrl_diffusion import DiffusionModel
 from ctrl_diffusion.algorithms import Algorithm, Info, State
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
+from ctrl_diffusion.pretrain import denoising_loss
 from ctrl_diffusion.rewards import RewardError
 
 from .rundir import RunDirectory

@@ -308,6 +308,6 @@ def test_logs_are_those_of_the_code(page):
 
 
 def test_versions_agree():
-    version = PROJECT["version"]
+    version = ctrl_diffusion.__version__
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

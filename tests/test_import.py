@@ -1,5 +1,6 @@
 """What `import ctrl_diffusion` brings in, and which names it has."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -53,3 +54,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
     name = "stable_difusion"
     with pytest.raises(AttributeError, match=f"'ctrl_diffusion' has no attribute '{name}'"):
         getattr(cd, name)
+
+
+def test_names_of_scripts_are_at_the_top_and_no_others():
+    exported = set(cd.__all__)
+    assert len(exported) == len(cd.__all__) <= 60
+    assert exported <= set(dir(cd))
+    for name in cd.__all__:
+        getattr(cd, name)
+    public = {name for name in dir(cd) if not name.startswith("_") and not inspect.ismodule(getattr(cd, name))}
+    assert public - exported <= {"Any", "TYPE_CHECKING"}

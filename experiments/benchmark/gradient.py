@@ -18,7 +18,9 @@ from .unet import SHAPE, moved, record
 MEMORY_STEPS = (25, 100, 400)
 
 
-def _draft(steps: int, batch: int, width: int, depth: int, small_memory: bool) -> tuple[cd.Objective, cd.Algorithm, Any]:
+def _draft(
+    steps: int, batch: int, width: int, depth: int, small_memory: bool
+) -> tuple[cd.Objective, cd.algorithms.Algorithm, Any]:
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
     network = cd.ResidualMLP(SHAPE, SHAPE, width=width, depth=depth, rngs=nnx.Rngs(0))
     control, params = cd.score_control(network, process)

@@ -157,14 +157,14 @@ def updated(predict: Predict, c: Coefficients) -> Callable:
 class Recorded(NamedTuple):
     """Paths of one iteration as the rows that are trained on, and which rows each minibatch has."""
 
-    path: cd.Trajectory
+    path: cd.sampler.Trajectory
     rows: Rows
     order: Int[Array, "k m"]
     sample: Timed
     """The call that made the paths."""
 
 
-def record(algorithm: cd.Algorithm, behaviour, reference, key) -> Recorded:
+def record(algorithm: cd.algorithms.Algorithm, behaviour, reference, key) -> Recorded:
     """What an iteration of `algorithm` makes before its updates, by a policy `behaviour`."""
     state = algorithm.init(behaviour)._replace(reference=jax.tree.map(jnp.copy, reference))
     found = timed(algorithm, key, state)
@@ -178,7 +178,7 @@ class Task(NamedTuple):
     objective: cd.Objective
     estimator: LikelihoodRatio
     critic: cd.Critic
-    algorithm: cd.Algorithm
+    algorithm: cd.algorithms.Algorithm
     graphdef: nnx.GraphDef
     params: Any
     behaviour: Any

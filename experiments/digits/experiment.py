@@ -134,7 +134,7 @@ def main(args: list[str] | None = None) -> int:
 def run(
     config: Config,
     *,
-    reward: cd.Reward | Callable[[np.ndarray], Any] | None = None,
+    reward: cd.rewards.Reward | Callable[[np.ndarray], Any] | None = None,
     data: np.ndarray | None = None,
     network: nnx.Module | None = None,
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def run(
     model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
     has_gradient = as_reward(reward).differentiable if reward is not None else OF_DIGITS[config.reward].differentiable
     _algorithm(
-        config, model.sampler, cd.Reward(config.reward, len, has_gradient), kl_weight, layout
+        config, model.sampler, cd.rewards.Reward(config.reward, len, has_gradient), kl_weight, layout
     )  # refuses what does not fit
 
     settings = _settings(config, kl_weight, reward, data, network)
@@ -272,13 +272,13 @@ def _save(folder: Path, model: cd.DiffusionModel, params: Any) -> None:
 
 
 def _algorithm(
-    config: Config, sampler: cd.Sampler, reward: cd.Reward, kl_weight: float, layout: Layout = ONE_DEVICE
-) -> tuple[cd.Algorithm, Any]:
+    config: Config, sampler: cd.Sampler, reward: cd.rewards.Reward, kl_weight: float, layout: Layout = ONE_DEVICE
+) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     require_gradient(config.algorithm, reward)
-    exploration = cd.Brownian()
+    exploration = cd.exploration.Brownian()
     if config.exploration == "action":
-        exploration = cd.ActionNoise(config.exploration_strength, config.exploration_substeps)
+        exploration = cd.exploration.ActionNoise(config.exploration_strength, config.exploration_substeps)
     objective = cd.Objective(sampler, reward, kl_weight, exploration=exploration)
     network = cd.ResidualMLP(sampler.shape, (), width=config.width // 2, depth=2, rngs=nnx.Rngs(config.seed + 1))
     value_fn, value_params = cd.value_network(network)

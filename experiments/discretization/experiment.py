@@ -290,7 +290,7 @@ class Experiment:
             row = summary(samples, priced, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
             distance = energy_distance(x, policy.target)
             row |= {"energy_distance": distance.mean, "energy_distance_se": distance.se}
-            row |= {"diversity": cd.vendi_score(x[:256], self.bandwidth)}
+            row |= {"diversity": cd.diversity.vendi_score(x[:256], self.bandwidth)}
             row |= {
                 "optimum": optimum and optimum.objective.mean,
                 "optimum_se": optimum and optimum.objective.se,

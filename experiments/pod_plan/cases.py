@@ -29,7 +29,7 @@ class Case(NamedTuple):
         intervals: control intervals of a path.
     """
 
-    algorithm: Callable[[Layout, int], cd.Algorithm]
+    algorithm: Callable[[Layout, int], cd.algorithms.Algorithm]
     params: Any
     value_params: Any
     batch: int
@@ -83,7 +83,7 @@ def digits_case(settings: Settings) -> Case:
     reward = OF_DIGITS["digit"].make(RewardSettings(Classifier(64, 128, nnx.Rngs(0)), config.digit))  # untrained: the same
     kl_weight = OF_DIGITS["digit"].kl_weight if choose(config.algorithm).priced else 0.0
 
-    def algorithm(layout: Layout, batch: int) -> cd.Algorithm:
+    def algorithm(layout: Layout, batch: int) -> cd.algorithms.Algorithm:
         return digits._algorithm(dataclasses.replace(config, batch=batch), model.sampler, reward, kl_weight, layout)[0]
 
     _, value_params = digits._algorithm(config, model.sampler, reward, kl_weight, ONE_DEVICE)

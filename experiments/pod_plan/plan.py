@@ -104,7 +104,7 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
     return row | {"programs": programs} | _iteration(programs)
 
 
-def _state_bytes(algorithm: cd.Algorithm, layout: Layout, case: Case) -> dict[str, int]:
+def _state_bytes(algorithm: cd.algorithms.Algorithm, layout: Layout, case: Case) -> dict[str, int]:
     """What a chip has of the state that lasts from iteration to iteration, bytes."""
     state = jax.eval_shape(algorithm.init, case.params, case.value_params)
 

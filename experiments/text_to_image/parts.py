@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     contexts: jax.Array
     empty: jax.Array
     decode: Any
-    reward: cd.Reward
+    reward: cd.rewards.Reward
 
     @property
     def trained(self) -> int:
@@ -137,7 +137,7 @@ def latent_shape(config: Config, model: sd.StableDiffusion) -> tuple[int, int, i
     return height, width, model.unet.config.in_channels
 
 
-def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.Algorithm, Any]:
+def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     prompts = sd.drawn_prompts(parts.trained, config.samples_per_prompt)
     objective = cd.Objective(sampler, parts.reward, price(config), conditions=prompts)

@@ -197,7 +197,7 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
     @jax.jit
     def draw(keys):
         path = sampler.trajectory(params, keys)
-        a = cd.path_actions(sampler.control, params, path)
+        a = cd.sampler.path_actions(sampler.control, params, path)
         x_hat = jax.vmap(process.terminal_mean)(path.t[:-1], path.x[:-1], a)
         r_hat, r_noisy = (jax.lax.map(reward, v) for v in (x_hat, path.x[:-1]))
         return path.x, path.noise, a, x_hat, r_hat, r_noisy, reward(path.x[-1])[None]
