@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.advantages import Clip
@@ -11,14 +11,18 @@ from ctrl_diffusion.values import AbstractValue
 
 
 class Settings(NamedTuple):
-    """What a choice is made from; a choice takes what concerns it."""
+    """What an algorithm is made from; `None` is the default of an option that not all algorithms have."""
 
     objective: cd.Objective
     value: AbstractValue
     training: cd.Training
-    clip: Clip = 0.2
-    horizon: float = 0.0
-    kl_radius: float = 0.05
+    clip: Clip | None = None
+    horizon: float | None = None
+    kl_radius: float | None = None
+
+
+DEFAULTS: dict[str, Any] = {"clip": 0.2, "horizon": 0.0, "kl_radius": 0.05}
+"""Options that not all algorithms have, and what they are where they are not given."""
 
 
 class Choice(NamedTuple):
@@ -30,6 +34,7 @@ class Choice(NamedTuple):
         priced: whether the published method prices the path KL; if not, its default price is 0.
         differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
         needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
+        options: which of `DEFAULTS` it has.
     """
 
     make: Callable[[Settings], cd.algorithms.Algorithm]
@@ -38,6 +43,7 @@ class Choice(NamedTuple):
     priced: bool = True
     differentiates: bool = False
     needs_several: bool = False
+    options: tuple[str, ...] = ()
 
 
 def _trpo(s: Settings) -> cd.algorithms.Algorithm:
@@ -50,17 +56,30 @@ ALGORITHMS: dict[str, Choice] = {
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, horizon=s.horizon),
         "continuous-time PPO with a structured value",
         learns_value=True,
+        options=("clip", "horizon"),
     ),
-    "score_as_action_trpo": Choice(_trpo, "the same with a natural gradient in a KL radius", learns_value=True),
+    "score_as_action_trpo": Choice(
+        _trpo, "the same with a natural gradient in a KL radius", learns_value=True, options=("kl_radius", "horizon")
+    ),
     "score_as_action_published": Choice(
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, target=returns),
         "the same with the value of the terminal reward alone, as published",
         learns_value=True,
+        options=("clip",),
     ),
-    "ddpo": Choice(lambda s: cd.ddpo(s.objective, s.training, clip=s.clip), "likelihood ratio of the return", priced=False),
-    "dpok": Choice(lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL"),
+    "ddpo": Choice(
+        lambda s: cd.ddpo(s.objective, s.training, clip=s.clip),
+        "likelihood ratio of the return",
+        priced=False,
+        options=("clip",),
+    ),
+    "dpok": Choice(
+        lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL", options=("clip",)
+    ),
     "flow_grpo": Choice(
-        lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip), "group-relative returns and a KL penalty"
+        lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip),
+        "group-relative returns and a KL penalty",
+        options=("clip",),
     ),
     "vard": Choice(
         lambda s: cd.vard(s.objective, s.value, s.training),
@@ -117,6 +136,22 @@ def choose(name: str) -> Choice:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}.{hint}")
     return ALGORITHMS[name]
+
+
+def make_algorithm(name: str, settings: Settings) -> cd.algorithms.Algorithm:
+    """The algorithm of this name; `ValueError` for an option that it does not have."""
+    check_options(name, settings)
+    missing = {option: v for option, v in DEFAULTS.items() if getattr(settings, option) is None}
+    return choose(name).make(settings._replace(**missing))
+
+
+def check_options(name: str, given: Any) -> None:
+    """`ValueError` for the first option of `given` (attributes named as `DEFAULTS`) that the algorithm does not have."""
+    for option in DEFAULTS:
+        value = getattr(given, option)
+        if value is not None and option not in choose(name).options:
+            others = ", ".join(other for other, choice in ALGORITHMS.items() if option in choice.options)
+            raise ValueError(f"{option}={value}: {name} has no such option. Leave it out; it is one of {others}.")
 
 
 def value_for(reward: cd.rewards.Reward, network, process) -> AbstractValue:

@@ -29,7 +29,7 @@ from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.rewards import as_reward
 
 from .. import data as datasets
-from ..algorithm_registry import Settings, choose, require_gradient, value_for
+from ..algorithm_registry import Settings, choose, make_algorithm, require_gradient, value_for
 from ..classifier import LogProbabilities, train_classifier
 from ..commandline import execute
 from ..devices import Devices, describe, is_first
@@ -64,10 +64,10 @@ class Config:
     """Control intervals between noise and data."""
     exploration: Literal["brownian", "action"] = "brownian"
     """Explore by the SDE's own noise, or by action noise held over each control interval."""
-    exploration_strength: float = 0.5
-    """Action noise in units of 1/g (only with --exploration action)."""
-    exploration_substeps: int = 1
-    """Solver steps per control interval while exploring (only with --exploration action)."""
+    exploration_strength: float | None = None
+    """Action noise in units of 1/g (default: 0.5; only with --exploration action)."""
+    exploration_substeps: int | None = None
+    """Solver steps per control interval while exploring (default: 1; only with --exploration action)."""
     pretrain_steps: int = 3000
     """Optimiser steps of pre-training."""
     pretrain_batch: int = 256
@@ -90,12 +90,13 @@ class Config:
     """Peak Adam learning rate of the policy (warm-up over the first iteration, cosine decay to a tenth)."""
     value_learning_rate: float = 2e-3
     """Adam learning rate of the value network."""
-    clip: float = 0.2
-    """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped)."""
-    kl_radius: float = 0.05
-    """Path KL of an update, nats (only with --algorithm score_as_action_trpo)."""
-    horizon: float = 0.0
-    """Decay time of the advantages, control time (0: single value increments, inf: Monte Carlo returns)."""
+    clip: float | None = None
+    """The likelihood ratio of a step is clipped to 1 +- clip (default: 0.2; inf: not clipped), where an algorithm has one."""
+    kl_radius: float | None = None
+    """Path KL of an update, nats (default: 0.05; only with --algorithm score_as_action_trpo)."""
+    horizon: float | None = None
+    """Decay time of the advantages, control time (default: 0, single value increments; inf: Monte Carlo returns), where an algorithm has
+    one."""
     kl_budget: float | None = None
     """Stop when the samples' path KL to the pre-trained model exceeds this many nats."""
     reference_samples: int = 16384
@@ -278,7 +279,8 @@ def _algorithm(
     require_gradient(config.algorithm, reward)
     exploration = cd.exploration.Brownian()
     if config.exploration == "action":
-        exploration = cd.exploration.ActionNoise(config.exploration_strength, config.exploration_substeps)
+        strength, substeps = config.exploration_strength, config.exploration_substeps
+        exploration = cd.exploration.ActionNoise(0.5 if strength is None else strength, 1 if substeps is None else substeps)
     objective = cd.Objective(sampler, reward, kl_weight, exploration=exploration)
     network = cd.ResidualMLP(sampler.shape, (), width=config.width // 2, depth=2, rngs=nnx.Rngs(config.seed + 1))
     value_fn, value_params = cd.value_network(network)
@@ -292,7 +294,8 @@ def _algorithm(
         stratified=config.stratified, scan_minibatches=config.scan_minibatches,
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
-    algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))
+    settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
+    algorithm = make_algorithm(config.algorithm, settings)
     return algorithm, value_params if choice.learns_value else ()
 
 
@@ -319,6 +322,9 @@ def _check(config: Config, reward, images: datasets.Images) -> float:
     for name in ("steps", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "evaluate_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    for name in ("exploration_strength", "exploration_substeps"):
+        if config.exploration != "action" and getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)} is of action noise: pass --exploration action, or leave it out.")
     if config.reference_samples < 2 or config.evaluation_samples < 8:
         raise ValueError(
             "reference_samples and evaluation_samples must be at least 2 and 8: standard errors need several samples."

@@ -14,6 +14,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import Layout
 
+from .. import algorithm_registry as registry
 from ..algorithm_registry import Settings, choose, require_gradient
 from ..devices import is_first
 from ..random_model.writer import Config as RandomModel, write_random_model
@@ -149,10 +150,11 @@ def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: La
     training = cd.Training(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate)), config.batch, config.epochs,
         config.minibatches, optax.adam(config.value_learning_rate), times, config.rollouts, layout, config.accumulation,
-        config.average,
+        config.average, config.stratified, config.scan_minibatches,
     )  # fmt: skip
     choice = choose(config.algorithm)
-    algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))
+    settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
+    algorithm = registry.make_algorithm(config.algorithm, settings)
     return algorithm, value_params if choice.learns_value else ()
 
 
