@@ -98,7 +98,7 @@ def _lowest(v: Any) -> Any:
     return jnp.full(v.shape, -jnp.inf, v.dtype)
 
 
-def _larger(total: Any, part: Any, _: int) -> Any:
+def _larger(total: Any, part: Any, _: Any) -> Any:
     return jnp.maximum(total, part)
 
 

@@ -34,7 +34,7 @@ def prepare(
     columns |= {"cond": jax.tree.map(lambda v: jnp.broadcast_to(v, (n,) + v.shape), rollout.cond)}
     some = columns if len(starts) == n else jax.tree.map(lambda v: v[starts], columns)
     rows = Rows(**some, signal=signal)
-    metrics = {"signal_std": jnp.std(signal)} if signal.size else {}
+    metrics = {} if signal is None else {"signal_std": jnp.std(signal)}
     if recipe.learns_value:
         residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
         metrics["value_explained_variance"] = 1 - residual
@@ -46,7 +46,7 @@ def prepare(
     return rows, metrics
 
 
-def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Array:
+def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Any:
     """The estimator's signal; where it takes networks, of as many paths at a time as are sampled at a time."""
     estimator, critic = recipe.estimator, recipe.critic
     if recipe.training.rollouts == 1 or not estimator.signal_is_of_paths:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
@@ -65,9 +64,9 @@ class AbstractEstimator(eqx.Module):
 
     def signal(
         self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values: Float[Array, "K b"]
-    ) -> Float[Array, "s b ..."]:
-        """What is computed once per iteration from whole paths, for the intervals `starts`; zeros where nothing is."""
-        return jnp.zeros((len(self.starts(objective)), values.shape[1]), values.dtype)
+    ) -> Float[Array, "s b ..."] | None:
+        """What is computed once per iteration from whole paths, for the intervals `starts`; `None` where nothing is."""
+        return None
 
     def signal_calls(self, critic: Critic) -> Calls:
         """What `signal` calls, per recorded state."""

@@ -102,10 +102,10 @@ class Pathwise(AbstractEstimator):
         return Fields(frozenset(paths), frozenset(rows))
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end."""
+        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end; `None` for one step."""
         n, later = objective.intervals, max(self.steps - 1, 0)
         if not later:
-            return jnp.zeros((len(self.starts(objective)), values.shape[1], 0), values.dtype)
+            return None
         j = self.starts(objective)[:, None] + 1 + np.arange(later)
         noise = jnp.where((j < n).reshape(j.shape + (1,) * (rollout.noise.ndim - 1)), rollout.noise[np.minimum(j, n - 1)], 0)
         return jnp.moveaxis(noise, 1, 2)
