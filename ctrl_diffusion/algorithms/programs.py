@@ -84,6 +84,10 @@ class LoweredProgram(NamedTuple):
     lowered: Lowered
     calls: int
 
+    def as_text(self) -> str:
+        """The program as the compiler is given it."""
+        return self.lowered.as_text()
+
     def compile(self, options: Any = None) -> Compiled:
         """The compiled program."""
         return self.lowered.compile(options)

@@ -130,6 +130,9 @@ class Recipe(NamedTuple):
         estimator.check(self.objective, self.critic)
         if self.critic.loss is soft_error and self.learns_value:
             require_price(self.objective, "the soft error of a value")
+        if training.kl_target is not None:
+            training.kl_target.check()
+            require_price(self.objective, f"kl_target={training.kl_target}, a temperature that follows a target,")
         if training.times is not None and estimator.whole_paths:
             raise ValueError(f"times={training.times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
         self._check_divisions()

@@ -87,6 +87,44 @@ class TimeSampling(NamedTuple):
         return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
 
 
+class AdaptiveKL(NamedTuple):
+    r"""The temperature follows a target path KL: `lambda <- lambda (1 + rate clip(KL / target - 1, -bound, bound))`.
+
+    After every iteration, `KL` being the mean path KL of its paths to the reference. Ziegler et al. 2019, section 2.2, where `rate` is
+    0.1 and `bound` 0.2. The objective changes with the temperature: compare results at the temperature that a run ends with,
+    `State.kl_weight`.
+
+    Attributes:
+        target: path KL, nats.
+        rate: relative change per iteration and unit of relative error.
+        bound: of the relative error.
+
+    ??? cite "Reference"
+        ```bibtex
+        @article{ziegler2019finetuning, title={Fine-Tuning Language Models from Human Preferences}, author={Ziegler, Daniel M. and
+          Stiennon, Nisan and Wu, Jeffrey and Brown, Tom B. and Radford, Alec and Amodei, Dario and Christiano, Paul and Irving,
+          Geoffrey}, journal={arXiv:1909.08593}, year={2019}}
+        ```
+    """
+
+    target: float
+    rate: float = 0.1
+    bound: float = 0.2
+
+    def __call__(self, kl_weight: Float[Array, ""], path_kl: Float[Array, ""]) -> Float[Array, ""]:
+        """The temperature after an iteration whose paths had this path KL."""
+        error = jnp.clip(path_kl / self.target - 1, -self.bound, self.bound)
+        return kl_weight * (1 + self.rate * error)
+
+    def check(self) -> None:
+        """`ValueError` for numbers that cannot work."""
+        if not (0 < self.target < float("inf") and self.rate > 0 and self.bound > 0 and self.rate * self.bound < 1):
+            raise ValueError(
+                f"kl_target={self}: target is a path KL in nats and must be positive and finite; rate and bound must be positive, and "
+                "their product below 1, so that the temperature stays positive."
+            )
+
+
 class Training(NamedTuple):
     """How much data an iteration has and how it is used; global numbers.
 
@@ -109,6 +147,8 @@ class Training(NamedTuple):
         scan_minibatches: a pass is one program, a loop over its minibatches, not two per minibatch; the same numbers up to
             rounding. Temporary memory is then asked for once a pass: a small U-Net's update takes 0.79 of the time on CPUs. But a
             network whose convolutions are not `ctrl_diffusion.convolution` becomes ten times slower there.
+        kl_target: the temperature follows a target path KL from iteration to iteration, starting from `Objective.kl_weight`; `None`:
+            it stays.
     """
 
     policy: optax.GradientTransformation | AbstractTrustRegion
@@ -123,6 +163,7 @@ class Training(NamedTuple):
     average: float | None = None
     stratified: bool = False
     scan_minibatches: bool = False
+    kl_target: AdaptiveKL | None = None
 
 
 class Algorithm(NamedTuple):

@@ -67,6 +67,9 @@ def summarise(
     paid = kl_weight * price if recipe.objective.priced else 0.0
     metrics = {"reward": jnp.mean(fresh.reward), "path_kl": jnp.mean(price), "objective": jnp.mean(gained - paid)}
     metrics |= {f"reward/{name}": jnp.mean(v) for name, v in terms.items()}
+    if recipe.training.kl_target is not None:
+        metrics["kl_weight"] = kl_weight
+        kl_weight = recipe.training.kl_target(kl_weight, metrics["path_kl"])
     return kl_weight, fresh.x[-1], metrics
 
 
