@@ -30,6 +30,7 @@ from . import (
     sampler as sampler,
     schedules as schedules,
     solvers as solvers,
+    summaries as summaries,
     trust as trust,
     values as values,
 )

@@ -19,6 +19,7 @@ from .predictions import Prediction, V
 from .process import DiffusionProcess, Params
 from .sampler import Sampler
 from .solvers import sample_keys
+from .summaries import summary
 
 FORMAT = 1
 
@@ -33,6 +34,10 @@ class DiffusionModel(NamedTuple):
     params: Params
     sampler: Sampler
     prediction: Prediction = V
+
+    def __repr__(self) -> str:
+        """Network, count of parameters, process, grid and solver, in about fifteen lines; parameters are not listed."""
+        return summary(self)
 
     @property
     def process(self) -> DiffusionProcess:
