@@ -9,6 +9,7 @@ from . import (
     image_rewards as image_rewards,
     predictions as predictions,
     rewards as rewards,
+    runs as runs,
     schedules as schedules,
     solvers as solvers,
     stable_diffusion as stable_diffusion,
