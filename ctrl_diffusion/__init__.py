@@ -89,13 +89,14 @@ __all__ = [
     "__version__", "citation",
 ]  # fmt: skip
 
-_ON_FIRST_USE = ("exact", "image_rewards", "pretrained", "stable_diffusion")
+_ON_FIRST_USE = ("exact", "image_rewards", "pretrained", "runs", "stable_diffusion")
 
 if TYPE_CHECKING:
     from . import (
         exact as exact,
         image_rewards as image_rewards,
         pretrained as pretrained,
+        runs as runs,
         stable_diffusion as stable_diffusion,
     )
 else:  # hidden from type checkers, for which a module with `__getattr__` has every name

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ctrl_diffusion.parallel import Layout
-from experiments import rundir
+from ctrl_diffusion.runs import Checkpoints
 from experiments.commandline import execute
 from experiments.digits import experiment as digits
 
@@ -44,9 +44,9 @@ def main(out, point):
     elif point == "update":  # the first of the two updates of the second iteration is done
         Layout.paced = killing(Layout.paced, 18, before=False)
     elif point == "checkpoint":  # the third checkpoint is being written in the background
-        rundir.Checkpoints.save = killing(rundir.Checkpoints.save, 3, before=False)
+        Checkpoints.save = killing(Checkpoints.save, 3, before=False)
     elif point == "disk":
-        save, calls = rundir.Checkpoints.save, []
+        save, calls = Checkpoints.save, []
 
         def full(*args):
             calls.append(None)
@@ -54,7 +54,7 @@ def main(out, point):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             save(*args)
 
-        rundir.Checkpoints.save = full
+        Checkpoints.save = full
     sys.exit(execute(digits.run, lambda: dataclasses.replace(CONFIG, out=Path(out)), None, "tests.killed", []))
 
 

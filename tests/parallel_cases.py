@@ -24,10 +24,10 @@ from ctrl_diffusion.estimators import (
     value_gradient,
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
+from ctrl_diffusion.runs import RunDirectory
 from ctrl_diffusion.values import NoValue
 from experiments.discretization.cells import Samplers, collect
 from experiments.exact.units import budget_for, solve
-from experiments.rundir import RunDirectory
 from experiments.value_networks.cases import Size, ring_case
 from experiments.value_networks.fit import Budget, learn
 from experiments.value_networks.variants import BY_NAME

@@ -114,6 +114,19 @@ def test_model_families_share_pretrained_and_not_each_other():
         assert found == [] or here == "__init__.py"
 
 
+def test_runs_are_the_top_floor_of_the_library():
+    """Nothing below knows of folders, loops or loggers: but for `ctrl_diffusion/__init__.py`, which names the package."""
+    runs = ROOT / "ctrl_diffusion" / "runs"
+    for path in sources("ctrl_diffusion"):
+        if runs in path.parents or path == ROOT / "ctrl_diffusion" / "__init__.py":
+            continue
+        package = path.relative_to(ROOT).parts[:-1]
+        for line, module, level in imports(path):
+            base = package[: len(package) - level + 1] if level else ()
+            absolute = ".".join((*base, module))
+            assert not (absolute + ".").startswith("ctrl_diffusion.runs."), f"{where(path, line)} imports {absolute}"
+
+
 def test_experiments_do_not_know_tests():
     assert offences("experiments", {"tests"}) == []
 
@@ -175,7 +188,7 @@ IMPORT_ALL = """
     assert not changed, f"importing ctrl_diffusion changed jax.config: {changed}"
 
     import sys
-    for name in ("torch", "experiments", "tests", "solvers"):
+    for name in ("torch", "tensorflow", "tensorboardX", "wandb", "matplotlib", "experiments", "tests", "solvers"):
         assert name not in sys.modules, f"importing ctrl_diffusion imported {name}"
 """
 

@@ -11,9 +11,8 @@ from flax import nnx
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.estimators import GradientBalance, LikelihoodRatio, Matching, Pathwise, WeightedLikelihood
+from ctrl_diffusion.runs import RunDirectory, finetune
 from ctrl_diffusion.values import LookaheadValue, NoValue
-from experiments.rundir import RunDirectory
-from experiments.training import finetune
 
 PROCESS = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
 SHAPE = (4, 4, 1)

@@ -9,7 +9,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from experiments import data
 from experiments.algorithm_registry import ALGORITHMS, Settings, make_algorithm
-from experiments.digits.experiment import Config as Digits, _check
+from experiments.digits.config import Config as Digits, check as check_digits
 from experiments.pod_plan.cases import Settings as Plan, digits_case, text_to_image_case
 from experiments.text_to_image.config import Config as TextToImage, check
 
@@ -48,7 +48,7 @@ DROPPED = {
         "clip=0.1: adjoint_matching has no such option",
     ),
     "strength of Brownian noise": (
-        lambda: _check(Digits(exploration_strength=0.2), None, data.digits()),
+        lambda: check_digits(Digits(exploration_strength=0.2), None, data.digits()),
         "exploration_strength=0.2 is of action noise: pass --exploration action",
     ),
     "width of Stable Diffusion": (

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.stable_diffusion import save_network
 
 from ..commandline import execute, require_at_least
-from ..files import write_atomic
 from ..timing import interleaved
 from .check import QUICK, check, exact
 from .figure import write_figure

@@ -25,9 +25,9 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.algorithms.programs import state_axes
 from ctrl_diffusion.parallel import PARAMETERS, Layout, make_mesh
+from ctrl_diffusion.runs.files import write_atomic
 
 from ..commandline import execute, require_at_least, require_known
-from ..files import write_atomic
 from .cases import EXPERIMENTS, Case, Settings
 from .chips import COMPILERS, HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
 from .hlo import account, by_kind

@@ -13,13 +13,12 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import Layout
+from ctrl_diffusion.runs import is_first, wait_for_all
 
 from .. import algorithm_registry as registry
 from ..algorithm_registry import Settings, choose, require_gradient
-from ..devices import is_first
 from ..random_model.writer import Config as RandomModel, write_random_model
 from ..reward_registry import Settings as RewardSettings, make_reward
-from ..rundir import wait_for_all
 from ..solver_registry import SOLVERS
 from .config import TINY, Config, price, read_prompts
 

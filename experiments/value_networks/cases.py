@@ -17,16 +17,14 @@ from ctrl_diffusion.exact.mixture import Components
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import expand
 from ctrl_diffusion.rollout import Rollout
+from ctrl_diffusion.runs import RunDirectory, exists_for_all, is_first, pretrain, wait_for_all
+from ctrl_diffusion.runs.files import write_arrays
 from ctrl_diffusion.solvers import power
 
 from .. import data as datasets
 from ..classifier import train_classifier
-from ..devices import is_first
 from ..exact.units import PROBLEMS as EXACT
-from ..files import write_arrays
 from ..reward_registry import OF_DIGITS, Settings
-from ..rundir import RunDirectory, exists_for_all, wait_for_all
-from ..training import pretrain
 from .fit import Case, Exact, HeldOut, Law, take_paths
 
 
