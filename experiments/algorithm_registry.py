@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.advantages import Clip
 from ctrl_diffusion.critics import returns
 from ctrl_diffusion.values import AbstractValue
 
@@ -16,9 +15,9 @@ class Settings(NamedTuple):
     objective: cd.Objective
     value: AbstractValue
     training: cd.Training
-    clip: Clip | None = None
-    horizon: float | None = None
-    kl_radius: float | None = None
+    clip: Any = None  # a number or two
+    horizon: Any = None
+    kl_radius: Any = None
 
 
 DEFAULTS: dict[str, Any] = {"clip": 0.2, "horizon": 0.0, "kl_radius": 0.05}

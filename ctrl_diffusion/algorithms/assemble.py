@@ -54,7 +54,9 @@ def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollo
 
     def of_part(paths: Rollout, values):
         part = over_paths(lambda axis, v: jnp.moveaxis(v, 0, axis), paths)._replace(t=rollout.t)
-        return jnp.moveaxis(estimator.signal(objective, critic, models, part, values.T), 1, 0)
+        signal = estimator.signal(objective, critic, models, part, values.T)
+        assert signal is not None  # of estimators that treat paths independently
+        return jnp.moveaxis(signal, 1, 0)
 
     paths = over_paths(lambda axis, v: jnp.moveaxis(v, axis, 0), rollout)._replace(t=None)  # pyright: ignore[reportArgumentType]
     return jnp.moveaxis(in_chunks(of_part, recipe.paths_of_a_part)(paths, values.T), 0, 1)

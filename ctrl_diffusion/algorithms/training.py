@@ -12,6 +12,7 @@ from ..estimators import Calls
 from ..parallel import ONE_DEVICE, Layout
 from ..process import Cond, Params
 from ..rollout import Rows
+from ..summaries import summary
 from ..trust import AbstractTrustRegion
 
 
@@ -39,6 +40,9 @@ class State(NamedTuple):
     reference: Params
     buffer: Any
     kl_weight: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     @property
     def params(self) -> Params:
@@ -180,6 +184,9 @@ class Algorithm(NamedTuple):
     """What it is composed of, an `algorithms.Recipe`."""
     programs: dict[str, Any]
     """The programs of an iteration by name, each a `programs.Program`."""
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     @property
     def calls(self) -> Calls:

@@ -47,12 +47,10 @@ def finetune(
         state: what to begin with, `algorithm.init(params, value_params)`.
         key: of all iterations.
         iterations: how many in all, those before a resume included.
-        evaluate: `evaluate(state)` adds its numbers (and images, see `RunDirectory.log`) to the row of every `evaluate_every`-th and
-            of the last iteration, outside the measured time.
-        evaluate_every: see there.
+        evaluate: `evaluate(state)` adds its numbers (and images, see `RunDirectory.log`) to a row, outside the measured time.
         observe: `observe(info)` adds its numbers to every row, outside the measured time.
         keep: `keep(iterations, state)` is called before every checkpoint.
-        checkpoint_every: iterations between checkpoints; there is one after the last, too.
+        evaluate_every, checkpoint_every: iterations between evaluations and checkpoints; both are made after the last, too.
         kl_budget: stop once the path KL of an iteration's samples exceeds it, nats.
 
     Returns:
@@ -64,7 +62,7 @@ def finetune(
         OSError: if a checkpoint cannot be written.
         ValueError: if one cannot be read.
     """
-    for name, number in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
+    for name, number in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1.")
     checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
@@ -73,6 +71,10 @@ def finetune(
         done, state, notes = restored
         seconds, stop = notes["seconds"], notes["stop_reason"]
     run.keep_history("finetune", "iteration", done)
+
+    def save() -> None:
+        checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+
     with checkpoints, ProgressBar(iterations, "fine-tuning", "iteration", done=done) as bar:
         while done < iterations and stop == "finished":
             begin = time.perf_counter()
@@ -80,18 +82,15 @@ def finetune(
                 state, info = algorithm.step(jax.random.fold_in(key, done), state)
             except RewardError as error:  # nothing has been learned yet
                 if checkpoints.latest() != done:
-                    checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+                    save()
                 checkpoints.close()
-                raise RewardError(
-                    f"iteration {done}: {error}. The state before this iteration is kept: the same command goes on from there."
-                ) from error
+                kept = "The state before this iteration is kept: the same command goes on from there."
+                raise RewardError(f"iteration {done}: {error}. {kept}") from error
             row = _row(info, done)
             seconds += time.perf_counter() - begin
             if kl_budget is not None and row["path_kl"] > kl_budget:
                 stop = "kl budget"
-            row |= {"iteration": done, "wall_seconds": seconds}
-            if observe is not None:
-                row |= observe(info)
+            row |= {"iteration": done, "wall_seconds": seconds} | dict(observe(info) if observe is not None else {})
             done += 1
             last = done == iterations or stop != "finished"
             if evaluate is not None and (done % evaluate_every == 0 or last):
@@ -100,7 +99,7 @@ def finetune(
             if done % checkpoint_every == 0 or last:
                 if keep is not None:  # first: a run that is resumed after its last checkpoint does not come here again
                     keep(done, state)
-                checkpoints.save(done, state, {"seconds": seconds, "stop_reason": stop})
+                save()
             bar.update(note=f"reward={row['reward']:.3f}, path_kl={row['path_kl']:.2f}")
     return state, Progress(done, seconds, stop)
 

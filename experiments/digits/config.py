@@ -72,6 +72,8 @@ class Config:
     horizon: float | None = None
     """Decay time of the advantages, control time (default: 0, single value increments; inf: Monte Carlo returns), where an algorithm has
     one."""
+    kl_target: float | None = None
+    """The temperature follows this path KL, nats, from iteration to iteration; the run is then judged at the last temperature."""
     kl_budget: float | None = None
     """Stop when the samples' path KL to the pre-trained model exceeds this many nats."""
     reference_samples: int = 16384

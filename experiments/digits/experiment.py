@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import optax
 from flax import nnx
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.optimum import mean_and_error
+from ctrl_diffusion.algorithms import AdaptiveKL, State
+from ctrl_diffusion.optimum import Optimum, mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.rewards import as_reward
 from ctrl_diffusion.runs import (
     Evaluator,
+    Progress,
     RunDirectory,
     Samples,
     TensorBoard,
@@ -71,22 +74,15 @@ def run(
     begin = time.perf_counter()
     layout = config.devices.start()
     images = datasets.digits() if data is None else datasets.from_array(data)
-    shape = images.x.shape[1:]
     kl_weight = check(config, reward, images)
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_STREAMS)}
-    dtype = None if config.precision == "float32" else config.precision
-    network = network or cd.ResidualMLP(
-        shape, shape, width=config.width, depth=config.depth, dtype=dtype, rngs=nnx.Rngs(config.seed)
-    )
-    process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), config.eta)
-    model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
-    has_gradient = as_reward(reward).differentiable if reward is not None else OF_DIGITS[config.reward].differentiable
-    _algorithm(
-        config, model.sampler, cd.rewards.Reward(config.reward, len, has_gradient), kl_weight, layout
-    )  # refuses what does not fit
+    model = _model(config, network, images.x.shape[1:])
+    has_gradient = (OF_DIGITS[config.reward] if reward is None else as_reward(reward)).differentiable
+    stand_in = cd.rewards.Reward(config.reward, len, has_gradient)
+    _algorithm(config, model.sampler, stand_in, kl_weight, layout)  # refuses what does not fit
 
-    settings = identifying(config, kl_weight, reward, data, network)
-    loggers = [TensorBoard()] if config.wandb is None else [TensorBoard(), WeightsAndBiases(config.wandb)]
+    settings = identifying(config, kl_weight, reward, data, model.network)
+    loggers = [TensorBoard(), *([] if config.wandb is None else [WeightsAndBiases(config.wandb)])]
     directory = RunDirectory(config.out, settings, use_previous_checkpoint=config.use_previous_checkpoint, loggers=loggers)
     if (finished := directory.finished("report.html", write_report)) is not None:
         return finished
@@ -95,70 +91,53 @@ def run(
     print(f"[1/4] classifiers and pre-training ({len(images.x)} images, {_count(model.params):,} parameters)")
     log_probabilities, judge = _classifiers(keys["classifier"], images)
     chosen = (
-        as_reward(reward)
-        if reward is not None
-        else OF_DIGITS[config.reward].make(RewardSettings(log_probabilities, config.digit))
+        OF_DIGITS[config.reward].make(RewardSettings(log_probabilities, config.digit)) if reward is None else as_reward(reward)
     )
-    x = jnp.asarray(images.x)
     model, pretrain_seconds = pretrain(
-        directory, model, x, keys["pretrain"], steps=config.pretrain_steps, batch=config.pretrain_batch,
+        directory, model, jnp.asarray(images.x), keys["pretrain"], steps=config.pretrain_steps, batch=config.pretrain_batch,
         learning_rate=config.pretrain_learning_rate, layout=layout,
     )  # fmt: skip
     _save(config.out / "reference", model, model.params)
-
     print(f"[2/4] the optimum, from {config.reference_samples} reference samples")
-    scales = model.sampler.chain_scales() if config.eta > 0 else None
-    chunk = min(1024, config.evaluation_samples // 4)
+    scales, chunk = model.sampler.chain_scales() if config.eta > 0 else None, min(1024, config.evaluation_samples // 4)
     evaluator = Evaluator(model.sampler, chosen, model.params, scales, chunk, layout)
     reference = evaluator.reference_samples(keys["reference"], config.reference_samples)
     reference_reward = mean_and_error(reference.rewards)
-    optimum = cd.reweighted_optimum(reference.rewards, kl_weight, is_bound=not cd.is_memoryless(process)) if kl_weight else None
-    if optimum is not None and optimum.effective_sample_size < 100:
-        print(
-            f"warning: the optimum rests on {optimum.effective_sample_size:.0f} effective samples: raise --reference-samples "
-            "or --kl-weight."
-        )
+    optimum_at = partial(_optimum, reference, model.process)
+    optimum_at(kl_weight, warn=True)
     held_out = _held_out(judge, None if reward is not None or config.reward != "digit" else config.digit)
 
     print(f"[3/4] fine-tuning for {chosen.name!r} at {kl_weight:g} per nat of path KL")
     algorithm, value_params = _algorithm(config, model.sampler, chosen, kl_weight, layout)
 
-    def evaluate_now(params) -> dict[str, Any]:
-        found = evaluator.samples(params, keys["evaluation"], config.evaluation_samples // 4)
-        numbers = summary(found, optimum, reference_reward, kl_weight)
+    def temperature(state: State) -> float:
+        return kl_weight if config.kl_target is None else float(state.kl_weight)
+
+    def evaluate_now(state: State) -> dict[str, Any]:
+        found = evaluator.samples(_result(config, state), keys["evaluation"], config.evaluation_samples // 4)
+        numbers = summary(found, optimum_at(temperature(state)), reference_reward, temperature(state))
         logged = {name if name.startswith("relative") else f"evaluation_{name}": v for name, v in numbers.items()}
         return logged | {"samples": found.x[:64]}
 
     state, progress = finetune(
         directory, algorithm, algorithm.init(model.params, value_params), keys["finetune"], iterations=config.iterations,
-        evaluate=lambda state: evaluate_now(_result(config, state)), evaluate_every=config.evaluate_every,
+        evaluate=evaluate_now, evaluate_every=config.evaluate_every,
         observe=lambda info: {} if held_out is None else {"held_out_reward": held_out(info.samples)},
         checkpoint_every=config.checkpoint_every, kl_budget=config.kl_budget,
     )  # fmt: skip
 
     print("[4/4] evaluation and report")
-    tuned = _result(config, state)
+    tuned, kl_weight = _result(config, state), temperature(state)
     _save(config.out / "model", model, tuned)
     final = evaluator.samples(tuned, keys["evaluation"], config.evaluation_samples)
     before = evaluator.reference_samples(keys["evaluation"], 64)
-    weights = optimum.weights if optimum is not None else np.full(len(reference.x), 1 / len(reference.x))
-    chosen_rows = np.random.default_rng(config.seed).choice(len(reference.x), 512, p=weights)
-    at_optimum = Samples(reference.x[chosen_rows], reference.rewards[chosen_rows], None)
-    arrays = {"before": before.x[:64], "after": final.x[:64], "optimum": at_optimum.x[:64]}
-    arrays |= {
-        "rewards_before": before.rewards[:64],
-        "rewards_after": final.rewards[:64],
-        "rewards_optimum": at_optimum.rewards[:64],
-    }
-    if judge is not None:
-        arrays |= {
-            "histogram_before": _histogram(judge, reference.x),
-            "histogram_after": _histogram(judge, final.x),
-            "histogram_optimum": _histogram(judge, reference.x, weights),
-        }
+    optimum = optimum_at(kl_weight)
+    at_optimum, weights = _at_optimum(reference, optimum, config.seed)
     if is_first():
-        write_arrays(config.out / "samples.npz", arrays)
-    metrics = summary(final, optimum, reference_reward, kl_weight)
+        sets = {"before": before, "after": final, "optimum": at_optimum}
+        histograms = {"before": (reference.x, None), "after": (final.x, None), "optimum": (reference.x, weights)}
+        write_arrays(config.out / "samples.npz", _for_figures(judge, sets, histograms))
+    metrics = summary(final, optimum, reference_reward, kl_weight) | _counts(progress, algorithm)
     metrics |= optimum_metrics(optimum, reference_reward, config.reference_samples)
     metrics |= diversities(images.x, reference.x, final.x, at_optimum.x)
     metrics |= {
@@ -166,20 +145,71 @@ def run(
         "held_out_reward_reference": held_out and held_out(jnp.asarray(reference.x)),
         "pretrain_seconds": pretrain_seconds,
         "finetune_seconds": progress.seconds,
-        "iterations": progress.iterations,
-        "stop_reason": progress.stop_reason,
-        "network_evaluations": progress.iterations * algorithm.calls.network,
-        "network_gradient_evaluations": progress.iterations * algorithm.calls.gradient,
-        "reward_evaluations": progress.iterations * algorithm.calls.reward,
+        "kl_weight": kl_weight,
         "pretrain_gradient_evaluations": config.pretrain_steps * config.pretrain_batch,
-        "wall_seconds": time.perf_counter() - begin,
         "peak_rss_bytes": _peak_rss(),
+        "wall_seconds": time.perf_counter() - begin,
     }
     directory.close()
     directory.finish(metrics)
     if is_first():
         _print_summary(metrics, write_report(config.out))
     return metrics
+
+
+def _model(config: Config, network: nnx.Module | None, shape: tuple[int, ...]) -> cd.DiffusionModel:
+    """The model before it is trained, with its own network unless one is given."""
+    dtype = None if config.precision == "float32" else config.precision
+    network = network or cd.ResidualMLP(
+        shape, shape, width=config.width, depth=config.depth, dtype=dtype, rngs=nnx.Rngs(config.seed)
+    )
+    process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), config.eta)
+    return cd.make_model(network, process, shape, grid=process.grid(config.steps))
+
+
+def _counts(progress: Progress, algorithm: cd.algorithms.Algorithm) -> dict[str, Any]:
+    """What fine-tuning did."""
+    calls = algorithm.calls
+    return {
+        "iterations": progress.iterations,
+        "stop_reason": progress.stop_reason,
+        "network_evaluations": progress.iterations * calls.network,
+        "network_gradient_evaluations": progress.iterations * calls.gradient,
+        "reward_evaluations": progress.iterations * calls.reward,
+    }
+
+
+def _optimum(reference: Samples, process: cd.DiffusionProcess, kl_weight: float, warn: bool = False) -> Optimum | None:
+    """The optimum at this temperature from samples of the reference; there is none without a price."""
+    if not kl_weight:
+        return None
+    optimum = cd.reweighted_optimum(reference.rewards, kl_weight, is_bound=not cd.is_memoryless(process))
+    if warn and optimum.effective_sample_size < 100:
+        print(
+            f"warning: the optimum rests on {optimum.effective_sample_size:.0f} effective samples: raise --reference-samples "
+            "or --kl-weight."
+        )
+    return optimum
+
+
+def _at_optimum(reference: Samples, optimum: Optimum | None, seed: int) -> tuple[Samples, np.ndarray]:
+    """512 samples of the reference, drawn by their weights at the optimum, and these weights (all alike without an optimum)."""
+    weights = np.full(len(reference.x), 1 / len(reference.x)) if optimum is None else optimum.weights
+    rows = np.random.default_rng(seed).choice(len(reference.x), 512, p=weights)
+    return Samples(reference.x[rows], reference.rewards[rows], None), weights
+
+
+def _for_figures(
+    judge: LogProbabilities | None,
+    sets: dict[str, Samples],
+    histograms: dict[str, tuple[np.ndarray, np.ndarray | None]],
+) -> dict[str, np.ndarray]:
+    """The first 64 images of each set with their rewards, and what a judge makes of (weighted) images."""
+    arrays = {name: samples.x[:64] for name, samples in sets.items()}
+    arrays |= {f"rewards_{name}": samples.rewards[:64] for name, samples in sets.items()}
+    if judge is not None:
+        arrays |= {f"histogram_{name}": _histogram(judge, *images) for name, images in histograms.items()}
+    return arrays
 
 
 def _result(config: Config, state: Any) -> Any:
@@ -214,6 +244,7 @@ def _algorithm(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), config.batch, config.epochs, config.minibatches,
         optax.adam(config.value_learning_rate), layout=layout, accumulation=config.accumulation, average=config.average,
         stratified=config.stratified, scan_minibatches=config.scan_minibatches,
+        kl_target=None if config.kl_target is None else AdaptiveKL(config.kl_target),
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
     settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
