@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from .compilation_cache import keep_compiled_programs
 from .xla_flags import faster_convolutions
 
 C = TypeVar("C")
@@ -26,6 +27,7 @@ def execute(
     options: Any = {} if default is None else {"default": default}
     parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **options)
     faster_convolutions()
+    keep_compiled_programs()
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:

@@ -1,0 +1,45 @@
+"""Compiled programs are kept in a folder of the user's, so that a second start compiles nothing."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+SHORTEST = 0.1  # seconds of compilation from which on a program is kept
+
+
+def default_folder() -> Path:
+    """Of this version of jaxlib and this processor: programs for CPUs hold instructions that another one may not have."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "ctrl_diffusion" / f"jaxlib-{jaxlib.version.__version__}-{_processor()}"
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep what it compiles in `default_folder()`.
+
+    What the user says comes first: `JAX_COMPILATION_CACHE_DIR` is another folder, `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
+    A home folder that cannot be written to is no error: then nothing is kept.
+    """
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+
+
+def _processor() -> str:
+    """A short name of the processor's instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        about = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
