@@ -133,11 +133,11 @@ def test_large_steps_and_several_files_are_read(tmp_path):
         run = RunDirectory(tmp_path / "run", {})
         run.log("pretrain", 2**40 + 300, {"loss": 0.25, "Ω": 3})
         run.close()
-        run.log("pretrain", 5, {"loss": 0.5})
+        run.log("pretrain", 128, {"loss": 0.5})
         run.close()
     found = [(tag, step, value.simple_value) for tag, step, value in events(tmp_path / "run")]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 4
-    assert found == [("pretrain/loss", 2**40 + 300, 0.25), ("pretrain/Ω", 2**40 + 300, 3), ("pretrain/loss", 5, 0.5)] * 2
+    assert found == [("pretrain/loss", 2**40 + 300, 0.25), ("pretrain/Ω", 2**40 + 300, 3), ("pretrain/loss", 128, 0.5)] * 2
 
 
 def test_weights_and_biases_gets_them_too_if_asked(tmp_path, wandb):
