@@ -1,4 +1,4 @@
-"""One of two processes, run by `test_parallel.py`: a reward that fails on the second process alone, in two ways."""
+"""One of two processes, run by `test_parallel.py`: a reward that fails on the second process alone, in two ways, and one that does not."""
 
 import sys
 
@@ -13,7 +13,7 @@ from ctrl_diffusion.rewards import evaluate
 def main(address: str, process: int) -> None:
     jax.distributed.initialize(address, 2, process)
     layout = Layout(make_mesh())
-    x = layout.put(np.ones((4, 3), np.float32), layout.batch)
+    x = layout.put(np.arange(12, dtype=np.float32).reshape(4, 3), layout.batch)
 
     def raises(rows):
         if process == 1:
@@ -29,7 +29,8 @@ def main(address: str, process: int) -> None:
             print("no error")
         except cd.rewards.RewardError as error:
             print(error)
-    print(np.asarray(evaluate(cd.black_box(lambda rows: 2 * rows[:, 0]), x).addressable_shards[0].data))
+    doubled = evaluate(cd.black_box(lambda rows: 2 * rows[:, 0]), x)
+    print({shard.index[0].start: shard.data.tolist() for shard in doubled.addressable_shards})
 
 
 if __name__ == "__main__":

@@ -215,6 +215,9 @@ def test_rewards_of_a_view():
     assert set(seen) == {np.ndarray}
     gradient = jax.grad(lambda x: jnp.sum(cd.seen_through(double, smooth)(x)))(x)
     np.testing.assert_allclose(gradient, 2)
+    for inner in (smooth, cd.black_box(host, conditional=True)):  # views in views: the outer one first
+        nested = cd.seen_through(lambda x: x + 1, cd.seen_through(double, inner))
+        np.testing.assert_allclose(evaluate(nested, x, cond), evaluate(cd.seen_through(double, inner), x + 1, cond))
 
 
 def test_views_of_a_few_samples_at_a_time():
