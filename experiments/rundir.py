@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,19 @@ class RunDirectory:
         """The metrics of a finished run, else `None`."""
         file = self.path / "metrics.json"
         return json.loads(file.read_text()) if file.exists() else None
+
+    def finished(self, see: str, redraw: Callable[[Path], Any] | None = None) -> dict[str, Any] | None:
+        """The metrics of a finished run, after a line which says so and which file of its folder to look at; else `None`.
+
+        `redraw(folder)` writes that file again where it is missing.
+        """
+        metrics, file = self.metrics, self.path / see
+        if metrics is None:
+            return None
+        if redraw is not None and is_first() and not file.exists():
+            redraw(self.path)
+        print(f"{self.path} holds this run, finished: see {file}. Choose another --out to run again.")
+        return metrics
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, last of all: they mark a finished run."""

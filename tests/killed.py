@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from ctrl_diffusion.parallel import Layout
-from experiments import digits, rundir
+from experiments import rundir
 from experiments.commandline import execute
+from experiments.digits import experiment as digits
 
 CONFIG = digits.Config(
     algorithm="sqdf", steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=6, batch=24, minibatches=2,

@@ -24,12 +24,12 @@ from ctrl_diffusion.estimators import (
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
 from ctrl_diffusion.values import NoValue
-from experiments.discretization_cells import Samplers, collect
-from experiments.exact_units import budget_for, solve
+from experiments.discretization.cells import Samplers, collect
+from experiments.exact.units import budget_for, solve
 from experiments.rundir import RunDirectory
-from experiments.value_networks_cases import Size, ring_case
-from experiments.value_networks_fit import Budget, learn
-from experiments.value_networks_variants import BY_NAME
+from experiments.value_networks.cases import Size, ring_case
+from experiments.value_networks.fit import Budget, learn
+from experiments.value_networks.variants import BY_NAME
 
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
 EXACT = exact.MixtureControl(PROCESS, exact.ring(), exact.LinearReward((1.0, 0.0)), kl_weight=1.0)

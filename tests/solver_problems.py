@@ -1,4 +1,4 @@
-"""A small noisy problem, for everything but accuracy; the exact problems are those of `experiments.solver_problems`."""
+"""A small noisy problem, for everything but accuracy; the exact problems are those of `experiments.solvers.problems`."""
 
 import diffrax as dfx
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 
 from ctrl_diffusion.predictions import X0
 from ctrl_diffusion.solvers import KeyedPath, levy_area_for, sample_keys
-from experiments.solver_problems import mixture_score, process
+from experiments.solvers.problems import mixture_score, process
 
 STEPS = 8
 GRID = np.asarray(process().grid(STEPS))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark, benchmark_text_to_image
-from experiments.benchmark_check import exact
-from experiments.benchmark_floor import SIDE, floor, large_product, operations
-from experiments.benchmark_unet import TIMESTEPS, coefficients, make_task
+from experiments.benchmark import comparison as benchmark, text_to_image as benchmark_text_to_image
+from experiments.benchmark.check import exact
+from experiments.benchmark.floor import SIDE, floor, large_product, operations
+from experiments.benchmark.unet import TIMESTEPS, coefficients, make_task
 
 TINY = benchmark.Config(batch=4, steps=3, minibatches=2, channels=(8,), repeats=2, pause=0.0, compiled=False, gradient=False)
 TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("diffusers") is not None
@@ -90,8 +90,8 @@ def test_without_torch_its_rows_say_so(task, monkeypatch):
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(__import__("sys").modules, "experiments.benchmark_torch", raising=False)
-    monkeypatch.delattr("experiments.benchmark_torch", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "experiments.benchmark.pytorch", raising=False)
+    monkeypatch.delattr("experiments.benchmark.pytorch", raising=False)
     sides, about = benchmark.torch_sides(TINY, task, None, None, None)
     assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[bench]'"] * 2
     assert about == {"torch": None, "torch_threads": None}

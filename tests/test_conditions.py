@@ -14,7 +14,7 @@ from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.groups import mean_within, same_condition, softmax_within, variance_within
 from ctrl_diffusion.parallel import ONE_DEVICE
 from ctrl_diffusion.rewards import evaluate, evaluate_parts
-from experiments.presets import ALGORITHMS, Settings, value_for
+from experiments.algorithm_registry import ALGORITHMS, Settings, value_for
 
 STEPS, BATCH, DIM, KINDS = 5, 12, 3, 2
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.05))

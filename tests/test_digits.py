@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.rewards import RewardError
-from experiments import digits
-from experiments.rewards import compressed_bytes, holes, ink
+from experiments.digits import experiment as digits
+from experiments.reward_registry import compressed_bytes, holes, ink
 from experiments.rundir import Checkpoints
 
 TINY = digits.Config(
@@ -124,10 +124,10 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     """Iteration 2 raises inside the reward; the same command again ends with the uninterrupted run's parameters and log."""
     out, metrics = finished
     calls = []
-    make = digits.REWARDS["digit"].make
+    make = digits.OF_DIGITS["digit"].make
 
-    def breaking(log_probabilities, digit):
-        reward = make(log_probabilities, digit)
+    def breaking(settings):
+        reward = make(settings)
 
         def fn(x):
             if x.shape[0] == 24:  # the final states of a training batch
@@ -138,7 +138,7 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
 
         return dataclasses.replace(reward, fn=fn)
 
-    monkeypatch.setitem(digits.REWARDS, "digit", digits.REWARDS["digit"]._replace(make=breaking))
+    monkeypatch.setitem(digits.OF_DIGITS, "digit", digits.OF_DIGITS["digit"]._replace(make=breaking))
     rare = settings(tmp_path / "run", checkpoint_every=100)  # what is resumed was saved when the reward broke
     with pytest.raises(RewardError, match="iteration 2: reward 'digit' raised Interrupted .* power cut"):
         digits.run(rare)

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 import ctrl_diffusion as cd
-from experiments import digits
-from experiments.presets import ALGORITHMS
+from experiments.algorithm_registry import ALGORITHMS
+from experiments.digits import experiment as digits
 
 CONFIG = dict(width=16, depth=1, steps=4, batch=8, epochs=1, minibatches=2, iterations=2)
 

@@ -13,13 +13,14 @@ import pytest
 from scipy import stats
 
 import ctrl_diffusion as cd
-from experiments import discretization
-from experiments.discretization_cells import SOLVERS, Samplers
-from experiments.discretization_config import resolve
-from experiments.discretization_figures import best_rewards
-from experiments.discretization_summary import METHODS, summarise, table, verdict
+from experiments.discretization import experiment as discretization
+from experiments.discretization.cells import Samplers
+from experiments.discretization.config import resolve
+from experiments.discretization.figures import best_rewards
+from experiments.discretization.summary import METHODS, summarise, table, verdict
 from experiments.distances import distances, energy_distance, make_target, noise_floor
 from experiments.evaluation import Evaluator
+from experiments.solver_registry import SOLVERS
 
 TINY = discretization.Config(
     seeds=2, iterations=2, solvers=("ExponentialEuler", "DPMSolverPP2M"), steps=(3, 4), etas=(0.0, 1.0), train_steps=4,

@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 import ctrl_diffusion
-from experiments import digits, pod_plan, solver_cost, text_to_image
-from experiments.glossary import GLOSSARY
+from experiments import digits
+from experiments.digits.glossary import GLOSSARY
+from experiments.pod_plan import plan as pod_plan
+from experiments.solver_cost import cost as solver_cost
+from experiments.text_to_image import experiment as text_to_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TINY = dict(
     steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=2, batch=24, minibatches=2, epochs=1,
@@ -133,7 +136,7 @@ def test_your_own_reward_data_and_network(tmp_path, monkeypatch):
 # --- names
 
 
-NEED_TORCH = ("experiments.benchmark_torch",)
+NEED_TORCH = ("experiments.benchmark.pytorch",)
 PACKAGES = ("ctrl_diffusion", "experiments", "jax", "equinox", "diffrax", "optax", "numpy", "optimistix", "lineax")
 FILES = re.compile(r".*\.(py|md|json|jsonl|html|png|npz|toml|cff|txt|safetensors|pt|pth)")
 

@@ -18,9 +18,10 @@ import pytest
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import power
-from experiments import exact as leaderboard
-from experiments.exact_report import overview
-from experiments.exact_units import (
+from experiments.algorithm_registry import choose
+from experiments.exact import experiment as leaderboard
+from experiments.exact.report import overview
+from experiments.exact.units import (
     DIFFUSION,
     ENTRIES,
     FOR_THIS_PROBLEM,
@@ -31,7 +32,6 @@ from experiments.exact_units import (
     mean_value_action,
     why_not,
 )
-from experiments.presets import choose
 
 KEYS = """algorithm problem seed relative_gap optimality_gap_se control_l2_error zero_control_l2_error reward path_kl
 network_evaluations reward_evaluations wall_seconds""".split()
@@ -202,7 +202,7 @@ def test_what_the_grid_bounds():
 
 WORKERS = """
 import concurrent.futures, multiprocessing, os, time
-from experiments.exact import _start_worker
+from experiments.exact.experiment import _start_worker
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")

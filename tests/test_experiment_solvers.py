@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import solver_cost, solvers
-from experiments.solver_cases import ADAPTIVE, CASES, DIFFRAX_ODE, DIFFRAX_SDE, IMPLICIT, KINDS, OWN_SDE, SDE
+from experiments.solver_cost import cost as solver_cost
+from experiments.solver_registry import ADAPTIVE, CASES, DIFFRAX_ODE, DIFFRAX_SDE, IMPLICIT, KINDS, OWN_SDE, SDE
+from experiments.solvers import experiment as solvers
 
 KEYS = {"name", "kind", "declared_order", "measured_order", "ratio_to_scan"}
 

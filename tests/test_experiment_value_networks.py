@@ -12,10 +12,10 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.critics import MartingaleCritic, squared_error
 from ctrl_diffusion.objective import Rollout, Rows
-from experiments import value_networks
-from experiments.value_networks_cases import PROBLEMS, continuations, log_mean_exp, noised_paths
-from experiments.value_networks_report import relative_errors
-from experiments.value_networks_variants import BY_NAME, PANELS, VARIANTS
+from experiments.value_networks import experiment as value_networks
+from experiments.value_networks.cases import PROBLEMS, continuations, log_mean_exp, noised_paths
+from experiments.value_networks.report import relative_errors
+from experiments.value_networks.variants import BY_NAME, PANELS, VARIANTS
 
 SCHEDULE = cd.VPLinear(tau_min=1e-3)
 

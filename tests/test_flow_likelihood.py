@@ -11,7 +11,7 @@ from ctrl_diffusion.likelihood import log_likelihood
 from ctrl_diffusion.process import DiffusionProcess
 from ctrl_diffusion.schedules import VPLinear
 from ctrl_diffusion.solvers import sample_keys
-from experiments.solver_problems import SCHEDULE, mixture, mixture_score, process
+from experiments.solvers.problems import SCHEDULE, mixture, mixture_score, process
 
 
 @pytest.fixture(autouse=True)

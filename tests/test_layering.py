@@ -92,7 +92,7 @@ def test_experiments_do_not_know_tests():
 def test_no_torch(folder):
     """But for the one file that is compared with, which nobody imports before torch is known to be there."""
     found = offences(folder, {"torch", "torchvision", "diffusers", "peft", "tensorflow"})
-    assert [offence for offence in found if not offence.startswith("experiments/benchmark_torch.py:")] == []
+    assert [offence for offence in found if not offence.startswith("experiments/benchmark/pytorch.py:")] == []
 
 
 @pytest.mark.parametrize("folder", ["ctrl_diffusion", "solvers"])
@@ -118,6 +118,14 @@ def test_files_are_short():
 def test_no_drawer_for_everything():
     names = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
     assert [str(path.relative_to(ROOT)) for path in sources(*FOLDERS) if path.name in names] == []
+
+
+def test_every_experiment_is_a_package_with_a_command_and_a_page():
+    """Or a command for what a package holds; a page is a screen at most."""
+    for folder in (path for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
+        assert {"__init__.py", "__main__.py", "README.md"} <= {path.name for path in folder.iterdir()}, folder.name
+        page = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"python -m experiments.{folder.name} " in page and len(page.splitlines()) <= 40, folder.name
 
 
 IMPORT_ALL = """

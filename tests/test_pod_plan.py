@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import pod_plan, pod_plan_chips
-from experiments.pod_plan_chips import (
+from experiments.pod_plan import chips as pod_plan_chips, plan as pod_plan
+from experiments.pod_plan.chips import (
     CHIPS,
     ENVIRONMENT,
     HOP_SECONDS,
@@ -19,7 +19,7 @@ from experiments.pod_plan_chips import (
     parse_slice,
     usual_slices,
 )
-from experiments.pod_plan_hlo import Collective
+from experiments.pod_plan.hlo import Collective
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.pod_plan_chips import COMPILERS, describe, parse_slice
-from experiments.pod_plan_hlo import Collective, Shape, account, by_kind
+from experiments.pod_plan.chips import COMPILERS, describe, parse_slice
+from experiments.pod_plan.hlo import Collective, Shape, account, by_kind
 
 B, N = 32, 64
 

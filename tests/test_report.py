@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.digits.report import main, write_report
+from experiments.digits.results import load_run, number
 from experiments.figures import mosaic, series
 from experiments.files import write_arrays, write_atomic
-from experiments.report import main, write_report
-from experiments.results import load_run, number
 
 CONFIG = {"reward": "digit", "digit": 3, "kl_weight": 0.5, "eta": 1.0, "steps": 4, "iterations": 3, "kl_budget": None}
 METRICS = {
@@ -60,7 +60,7 @@ def quick(monkeypatch):
     """Figures are laid out and filled but not drawn, which takes most of the time."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
-    monkeypatch.setattr("experiments.report.png", lambda figure: file.getvalue())
+    monkeypatch.setattr("experiments.digits.report.png", lambda figure: file.getvalue())
 
 
 def put(path: Path, config: dict, metrics: dict, rows: list[dict]) -> None:

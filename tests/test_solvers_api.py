@@ -38,7 +38,7 @@ from ctrl_diffusion.solvers import (
     terms_for,
 )
 from ctrl_diffusion.solvers.unrolled import Unrolled, unrolled
-from experiments.solver_problems import (
+from experiments.solvers.problems import (
     NO_ARGS,
     endpoint,
     gaussian_flow,

@@ -18,7 +18,7 @@ from ctrl_diffusion.solvers import (
     integrate_adaptive,
     terms_for,
 )
-from experiments.solver_problems import NO_ARGS, gaussian_flow, gaussian_score, mixture_score, process
+from experiments.solvers.problems import NO_ARGS, gaussian_flow, gaussian_score, mixture_score, process
 from tests.solver_problems import GRID, label, noisy_term, start
 
 ADAPTIVE_ODE = [dfx.Tsit5(), dfx.Kvaerno3(), DPMSolver2S(), DPMSolver3S(), ExponentialHeun()]

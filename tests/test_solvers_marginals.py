@@ -8,8 +8,8 @@ import pytest
 
 from ctrl_diffusion.process import DiffusionTerm
 from ctrl_diffusion.solvers import KeyedPath, levy_area_for, sample_keys
-from experiments.solver_cases import DIFFRAX_SDE, OWN_ODE, OWN_SDE
-from experiments.solver_problems import SCHEDULE, endpoint, grids, mixture, mixture_score, process
+from experiments.solver_registry import DIFFRAX_SDE, OWN_ODE, OWN_SDE
+from experiments.solvers.problems import SCHEDULE, endpoint, grids, mixture, mixture_score, process
 
 SAMPLES, SETS, DIRECTIONS = 1000, 24, 16  # the distance of one pair of sets varies by a third, the mean over SETS by 7 %
 

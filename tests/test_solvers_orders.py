@@ -27,7 +27,7 @@ from ctrl_diffusion.solvers import (
     uniform,
 )
 from ctrl_diffusion.solvers.multistep import bootstrap
-from experiments.solver_problems import (
+from experiments.solvers.problems import (
     MIDDLE,
     NO_ARGS,
     FinePath,

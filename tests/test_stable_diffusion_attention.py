@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ctrl_diffusion.stable_diffusion import chunked_attention, flash_attention, head_by_head
-from experiments.pod_plan_chips import COMPILERS, describe, parse_slice
+from experiments.pod_plan.chips import COMPILERS, describe, parse_slice
 
 
 def arrays(n=10, m=7):

@@ -17,12 +17,12 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.parallel import ONE_DEVICE
-from experiments.pod_plan_text import abstract_parts, planned_config, text_to_image_programs
-from experiments.presets import ALGORITHMS
-from experiments.random_model import Config as RandomModel, write_random_model
-from experiments.text_to_image import main, prompt_diversity, run
-from experiments.text_to_image_config import Config, check, digest_of_prompts, price, read_prompts
-from experiments.text_to_image_parts import (
+from experiments.algorithm_registry import ALGORITHMS
+from experiments.pod_plan.text_to_image import abstract_parts, planned_config, text_to_image_programs
+from experiments.random_model.writer import Config as RandomModel, write_random_model
+from experiments.text_to_image.config import Config, check, digest_of_prompts, price, read_prompts
+from experiments.text_to_image.experiment import main, prompt_diversity, run
+from experiments.text_to_image.parts import (
     latent_shape,
     load_parts,
     make_algorithm,
@@ -32,8 +32,8 @@ from experiments.text_to_image_parts import (
     rows_of_prompts,
     suited_attention,
 )
-from experiments.text_to_image_report import MEANINGS
-from experiments.text_to_image_settings import PUBLISHED, chosen_settings
+from experiments.text_to_image.report import MEANINGS
+from experiments.text_to_image.settings import PUBLISHED, chosen_settings
 
 SMALL = dict(
     steps=4, batch=4, samples_per_prompt=2, iterations=2, minibatches=2, evaluation_samples=4, evaluate_every=1,

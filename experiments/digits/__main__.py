@@ -1,0 +1,6 @@
+"""`python -m experiments.digits`."""
+
+from .experiment import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

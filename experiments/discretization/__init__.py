@@ -1,0 +1,1 @@
+"""Whether what was learned with one discretisation holds with another."""

@@ -1,0 +1,1 @@
+"""Every algorithm on problems whose optimum is known."""

@@ -1,0 +1,1 @@
+"""Memory, work and collectives of a run on a slice of accelerators, from its compiled programs."""

@@ -1,0 +1,1 @@
+"""A Stable Diffusion of random weights, in the files of a real one."""

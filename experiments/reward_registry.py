@@ -1,0 +1,167 @@
+"""The rewards that the command lines know by name, each with its default price: one row for each, and one place to add another."""
+
+import importlib
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy import ndimage
+
+from ctrl_diffusion import image_rewards
+from ctrl_diffusion.rewards import Reward, black_box, differentiable, pooled, weighted_sum
+
+from .classifier import LogProbabilities
+
+CAST = image_rewards.Loading(cast=True)  # HPSv2 is published in half precision
+
+
+class Settings(NamedTuple):
+    """What a choice is made from; a choice takes what concerns it.
+
+    Attributes:
+        log_probabilities: of a frozen classifier of digits, where there are labels.
+        digit: the digit asked for.
+        prompts: all that there are; the condition of a reward is the number of one.
+        folder: where the files of reward models lie, in a folder for each by its name.
+        chunk: images that are judged together.
+    """
+
+    log_probabilities: LogProbabilities | None = None
+    digit: int = 0
+    prompts: Sequence[str] = ()
+    folder: Path = Path("rewards")
+    chunk: int = 8
+
+
+class Choice(NamedTuple):
+    """A reward by name: how it is made, its default price (reward units per nat of path KL), what it is, whether it has a gradient."""
+
+    make: Callable[[Settings], Reward]
+    kl_weight: float
+    description: str
+    differentiable: bool = False
+
+
+# -- of digits [b, h, w, c] in [-1, 1] --------------------------------------------------------------------------------------
+
+
+def ink(x: Float[Array, "b *x"]) -> Float[Array, " b"]:
+    """Ink: the number of fully inked pixels an image amounts to, `sum (x + 1)/2`."""
+    return jnp.sum((x + 1) / 2, axis=tuple(range(1, x.ndim)))
+
+
+def holes(x: np.ndarray) -> np.ndarray:
+    """Holes: connected components of the background (x < 0, 4-neighbours, mean over channels) that do not touch the border."""
+    background = x.mean(axis=-1) < 0
+    framed = np.pad(background, ((0, 0), (1, 1), (1, 1)), constant_values=True)  # joins everything that touches the border
+    within_image = np.zeros((3, 3, 3), bool)
+    within_image[1] = ndimage.generate_binary_structure(2, 1)
+    labels = np.empty(framed.shape, np.int32)
+    ndimage.label(framed, structure=within_image, output=labels)
+    return np.array([np.unique(image[image > 0]).size - 1 for image in labels], np.float32)
+
+
+def compressed_bytes(x: np.ndarray) -> np.ndarray:
+    """Compressibility: minus the bytes that zlib (level 9) needs for the image at 17 grey levels."""
+    levels = np.round(8 * (np.clip(x, -1, 1) + 1)).astype(np.uint8)
+    return -np.array([len(zlib.compress(image.tobytes(), 9)) for image in levels], np.float32)
+
+
+def _digit(s: Settings) -> Reward:
+    log_probabilities, digit = s.log_probabilities, s.digit
+    if log_probabilities is None:
+        raise ValueError(
+            'reward="digit" needs labelled data to train its classifier: choose ink, holes or bytes, or pass reward=...'
+        )
+    return differentiable(lambda x: log_probabilities(x)[:, digit], "digit")
+
+
+OF_DIGITS: dict[str, Choice] = {
+    "digit": Choice(_digit, 1.0, "a frozen classifier's log-probability of one digit, nats", differentiable=True),
+    "ink": Choice(lambda s: differentiable(ink, "ink"), 1.5, "fully inked pixels, 0 to 64", differentiable=True),
+    "holes": Choice(lambda s: black_box(holes, "holes"), 0.25, "number of holes, by connected components"),
+    "bytes": Choice(lambda s: black_box(compressed_bytes, "bytes"), 1.5, "minus zlib bytes at 17 grey levels"),
+}
+
+
+# -- of images and prompts --------------------------------------------------------------------------------------------------
+
+
+def brightness(images: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+    """Mean of the pixels, -1 to 1: differentiable and without weights, to try out algorithms."""
+    return jnp.mean(images, axis=(1, 2, 3))
+
+
+def _pooled(fn: Callable[[np.ndarray], np.ndarray], name: str) -> Callable[[Settings], Reward]:
+    return lambda s: pooled(fn, chunk=s.chunk, name=name)
+
+
+def _loaded(name: str, load: Callable[[Path], image_rewards.AbstractImageReward]) -> Callable[[Settings], Reward]:
+    """A reward model, from the folder of its files."""
+
+    def make(s: Settings) -> Reward:
+        if not (s.folder / name).is_dir():
+            raise FileNotFoundError(f"reward={name!r} needs its files in {s.folder / name}: see docs/text_to_image.md.")
+        return image_rewards.for_prompts(load(s.folder / name), s.prompts, name, chunk=s.chunk)
+
+    return make
+
+
+OF_IMAGES: dict[str, Choice] = {
+    "jpeg_compressibility": Choice(
+        _pooled(image_rewards.jpeg_compressibility, "jpeg_compressibility"), 0.01, "minus kilobytes of the JPEG of quality 95"
+    ),
+    "jpeg_incompressibility": Choice(
+        _pooled(image_rewards.jpeg_incompressibility, "jpeg_incompressibility"), 0.01, "kilobytes of the JPEG of quality 95"
+    ),
+    "brightness": Choice(
+        lambda s: differentiable(brightness, "brightness"), 1e-3, "mean of the pixels, -1 to 1", differentiable=True
+    ),
+    "aesthetic": Choice(
+        _loaded("aesthetic", lambda folder: image_rewards.load_aesthetic(folder / "clip", folder / "aesthetic.pth")),
+        1e-3, "LAION's aesthetic predictor, about 1 to 10", differentiable=True,
+    ),
+    "clip": Choice(
+        _loaded("clip", image_rewards.load_clip_similarity),
+        1e-4, "cosine of CLIP's embeddings of image and prompt", differentiable=True,
+    ),
+    "pickscore": Choice(_loaded("pickscore", image_rewards.load_pickscore), 1e-3, "PickScore, about 20", differentiable=True),
+    "hps": Choice(
+        _loaded("hps", lambda folder: image_rewards.load_hps(folder / "hps.pt", folder, CAST)),
+        1e-5, "HPSv2, about 0.27", differentiable=True,
+    ),
+    "imagereward": Choice(
+        _loaded(
+            "imagereward",
+            lambda folder: image_rewards.load_image_reward(folder / "ImageReward.pt", folder, folder / "med_config.json"),
+        ),
+        1e-3, "ImageReward, about 0", differentiable=True,
+    ),
+}  # fmt: skip
+
+
+def make_reward(names: Sequence[str], weights: Sequence[float], settings: Settings) -> Reward:
+    """The weighted sum of rewards of images and prompts: by name, or your own as `module:function`. Weights are 1 if none is given."""
+    found = [_own(name, settings.prompts) if ":" in name else OF_IMAGES[name].make(settings) for name in names]
+    if len(found) == 1 and not weights:
+        return found[0]
+    return weighted_sum(*zip(weights or [1.0] * len(found), found))
+
+
+def _own(name: str, prompts: Sequence[str]) -> Reward:
+    module, _, function = name.partition(":")
+    try:
+        fn = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
+        ) from error
+
+    def judge(images: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+        return np.asarray(fn(images, [prompts[i] for i in prompt]))
+
+    return black_box(judge, function, conditional=True)

@@ -1,0 +1,1 @@
+"""What each solver costs beside the network evaluations that it makes."""

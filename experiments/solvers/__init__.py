@@ -1,0 +1,1 @@
+"""Error against network evaluations for every solver, on problems with known answers."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of Stable Diffusion from its own files, prompts and a reward."""

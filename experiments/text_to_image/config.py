@@ -1,0 +1,207 @@
+"""Settings of `experiments.text_to_image`, and what is refused before anything is loaded or written."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from ..algorithm_registry import choose
+from ..commandline import require_at_least, require_known
+from ..devices import Devices
+from ..reward_registry import OF_IMAGES
+from ..solver_registry import SOLVERS
+
+TINY = "tiny-random"
+
+# the simple animals that compressibility and aesthetics have been fine-tuned on since DDPO (Black et al. 2024, section 6.1)
+ANIMALS = (
+    *("cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger"),
+    *("bear", "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin"),
+    *("squirrel", "mouse", "rat", "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly"),
+    *("llama", "camel", "bat", "gorilla", "hedgehog", "kangaroo"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run. Batches are global: those of all devices together. Everything random derives from `seed`."""
+
+    out: Path = Path("runs/text_to_image")
+    """Folder for LoRA, logs, images and the gallery."""
+    model: str = TINY
+    """A folder of Stable Diffusion 1.x or 2.x as diffusers writes it, or tiny-random: a random one of 32x32 pixels, for trying out."""
+    prompts: Path | None = None
+    """File with one prompt per line (default: 45 animals)."""
+    held_out_prompts: Path | None = None
+    """File with prompts that are evaluated and not trained on (default: every fifth of `prompts`)."""
+    reward: tuple[str, ...] = ("jpeg_compressibility",)
+    """What to fine-tune for: jpeg_compressibility, jpeg_incompressibility, brightness, aesthetic, clip, pickscore, hps, imagereward, or
+    module:function of your own, called with images [b, h, w, 3] in [-1, 1] and a list of b prompts. Several are summed."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of several rewards (default: 1 each)."""
+    reward_folder: Path = Path("rewards")
+    """Where files of reward models lie, one folder for each: see docs/text_to_image.md."""
+    algorithm: str = "score_as_action"
+    """How to fine-tune: any algorithm of experiments.digits."""
+    kl_weight: float | None = None
+    """Temperature lambda: price of path KL in reward units per nat. Default: that of the first reward, and 0 for ddpo, draft, draft_1,
+    alignprop, refl, which are published without a price."""
+    guidance: float = 5.0
+    """Weight of classifier-free guidance, part of the policy; 1 is none."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    steps: int = 20
+    """Timesteps of the sampler, spaced as the model's scheduler says."""
+    eta: float = 1.0
+    """Noise level of the sampler: 1 is ancestral sampling (DDPM), 0 is DDIM (which fine-tuning cannot explore from)."""
+    size: int | None = None
+    """Height and width of images, pixels (default: the model's)."""
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: LoRA of the UNet, or all of it."""
+    lora_rank: int = 4
+    """Rank of LoRA."""
+    lora_alpha: float | None = None
+    """LoRA is multiplied by alpha / rank (default: rank)."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers that have LoRA, by the ends of their names."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen parameters and of computation; latents, likelihoods, KL and LoRA are float32."""
+    remat: bool = False
+    """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
+    attention: Literal["by-head", "xla", "cudnn"] | None = None
+    """What computes attention (default: what suits the device): by-head, for CPUs, takes one image and head at a time, xla all at once;
+    cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
+    attention_chunk: int | None = None
+    """Pixels that attend to all others at a time (default: all, by-head 2^21 over the pixels): less memory, where the device has no flash
+    attention."""
+    iterations: int = 10
+    """Fine-tuning iterations: sample, evaluate, update."""
+    batch: int = 16
+    """Images per iteration."""
+    samples_per_prompt: int = 4
+    """Images of one prompt in an iteration, among which returns are compared."""
+    rollouts: int = 1
+    """Parts that the images of an iteration are sampled in, one after the other: less memory."""
+    times: int | None = None
+    """Timesteps of every path that are trained on, drawn anew in every iteration (default: all)."""
+    epochs: int = 1
+    """Passes over the paths of an iteration."""
+    minibatches: int = 4
+    """Updates per pass."""
+    accumulation: int = 1
+    """Parts that the rows of an update are worked through in: less memory, the same update."""
+    learning_rate: float = 3e-4
+    """Adam learning rate of the policy."""
+    value_learning_rate: float = 1e-3
+    """Adam learning rate of the value network."""
+    value: Literal["plain", "structured"] = "plain"
+    """The value network alone, or added to the reward of the decoded guess at every timestep (as published for Score as Action)."""
+    clip: float | tuple[float, float] = 0.2
+    """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped); two numbers are how far below and above 1 it may go."""
+    kl_radius: float = 0.05
+    """Path KL of an update, nats (only with --algorithm score_as_action_trpo)."""
+    horizon: float = 0.0
+    """Decay time of the advantages, control time (0: single value increments, inf: Monte Carlo returns)."""
+    kl_budget: float | None = None
+    """Stop when the samples' path KL to the original model exceeds this many nats."""
+    average: float | None = None
+    """Decay per update of a running average of the parameters, which is then evaluated and saved (default: none)."""
+    decode_chunk: int = 8
+    """Images that are decoded and judged together, of all devices: a multiple of their number keeps all of them busy."""
+    evaluation_samples: int = 32
+    """Images of each evaluation, of the training prompts and of those held out: at least two of each, of as many prompts as that leaves."""
+    evaluate_every: int = 10
+    """Iterations between evaluations."""
+    evaluation_solvers: tuple[str, ...] = ("DPMSolverPP2M",)
+    """Solvers of the probability-flow ODE that the result is evaluated with at the end, at `steps`."""
+    evaluation_steps: tuple[int, ...] = (10,)
+    """Other numbers of timesteps that the result is evaluated at at the end."""
+    checkpoint_every: int = 5
+    """Iterations between checkpoints, each with its LoRA."""
+    seed: int = 0
+    """Seed of everything random."""
+    use_previous_checkpoint: bool = False
+    """If the newest checkpoint cannot be read, delete it and resume from the one before."""
+    devices: Devices = Devices()
+    """Devices that share the run."""
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, by name."""
+    choose(config.algorithm)
+    if not config.reward:
+        raise ValueError("reward is empty: give at least one.")
+    require_known("reward", [name for name in config.reward if ":" not in name], OF_IMAGES)
+    require_known("evaluation_solvers", config.evaluation_solvers, SOLVERS)
+    if config.reward_weights and len(config.reward_weights) != len(config.reward):
+        raise ValueError(f"reward_weights={config.reward_weights} must be one for each of reward={config.reward}.")
+    if config.kl_weight is not None and not config.kl_weight >= 0:
+        raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the price of a nat of path KL.")
+    if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).priced:
+        raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
+    if not config.eta > 0:
+        raise ValueError(
+            f"eta={config.eta} must be positive: without noise a policy does not explore, and its path KL is infinite."
+        )
+    if choose(config.algorithm).needs_several and config.samples_per_prompt < 2:
+        raise ValueError(
+            f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for {config.algorithm}: it compares the images of "
+            "a prompt."
+        )
+    if config.attention == "cudnn" and config.precision != "bfloat16":
+        raise ValueError(f"attention='cudnn' takes bfloat16, not precision={config.precision!r}: pass --precision bfloat16.")
+    if config.evaluation_samples < 2:
+        raise ValueError(f"evaluation_samples={config.evaluation_samples} must be at least 2: standard errors need several.")
+    numbers = (
+        "steps",
+        "lora_rank",
+        "batch",
+        "samples_per_prompt",
+        "decode_chunk",
+        "evaluate_every",
+        "checkpoint_every",
+        "iterations",
+    )
+    require_at_least(1, attention_chunk=config.attention_chunk)
+    require_at_least(1, **{name: getattr(config, name) for name in numbers})
+    if config.batch % (config.samples_per_prompt * config.rollouts):
+        raise ValueError(
+            f"batch={config.batch} must be a multiple of samples_per_prompt={config.samples_per_prompt} and of rollouts={config.rollouts}."
+        )
+
+
+def price(config: Config) -> float:
+    """The temperature, reward units per nat."""
+    if config.kl_weight is not None:
+        return config.kl_weight
+    return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).priced else 0.0
+
+
+def read_prompts(config: Config) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and prompts held out; each once."""
+    prompts = list(ANIMALS) if config.prompts is None else _lines(config.prompts, "prompts")
+    if config.held_out_prompts is not None:
+        held_out = _lines(config.held_out_prompts, "held_out_prompts")
+        if both := [p for p in held_out if p in prompts]:
+            raise ValueError(f"held_out_prompts={config.held_out_prompts}: {both[0]!r} is among those that are trained on.")
+        return prompts, held_out
+    if len(prompts) < 2:
+        raise ValueError(f"prompts={config.prompts} has a single prompt, and none to hold out: pass held_out_prompts.")
+    if len(prompts) < 5:
+        return prompts[:-1], prompts[-1:]
+    return [p for i, p in enumerate(prompts) if i % 5 != 4], prompts[4::5]
+
+
+def _lines(path: Path, name: str) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}={path} is not a file: write one prompt per line.")
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{name}={path} has no prompts: write one per line.")
+    return list(dict.fromkeys(found))
+
+
+def digest_of_prompts(config: Config) -> str:
+    """Tells two sets of prompts apart: a run is not resumed on other prompts than it began with."""
+    return hashlib.sha256(json.dumps(read_prompts(config)).encode()).hexdigest()[:16]
