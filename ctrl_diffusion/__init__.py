@@ -1,92 +1,111 @@
-"""ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control."""
+"""ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control.
+
+The names in `__all__` are what a script is written with; all others are in their modules, such as `solvers.DPMSolverPP2M` and
+`trust.NaturalGradient`. Pretrained networks and problems with known answers (`pretrained`, `stable_diffusion`, `image_rewards`,
+`exact`) are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import (
+    advantages as advantages,
     algorithms as algorithms,
     conversions as conversions,
     critics as critics,
+    diversity as diversity,
     estimators as estimators,
-    exact as exact,
-    image_rewards as image_rewards,
+    exploration as exploration,
+    lookahead as lookahead,
+    networks as networks,
+    objective as objective,
+    optimum as optimum,
+    parallel as parallel,
     predictions as predictions,
+    pretrain as pretrain,
+    process as process,
+    replay as replay,
     rewards as rewards,
+    rollout as rollout,
+    sampler as sampler,
     schedules as schedules,
     solvers as solvers,
-    stable_diffusion as stable_diffusion,
+    summaries as summaries,
+    trust as trust,
+    values as values,
 )
 from .algorithms import (
-    Algorithm as Algorithm,
-    TimeSampling as TimeSampling,
-    Training as Training,
-    adjoint_matching as adjoint_matching,
-    alignprop as alignprop,
-    compose as compose,
-    ddpo as ddpo,
-    dpok as dpok,
-    draft as draft,
-    flow_grpo as flow_grpo,
-    log_variance as log_variance,
-    nabla_db as nabla_db,
-    path_consistency as path_consistency,
-    refl as refl,
-    rwr as rwr,
-    score_as_action as score_as_action,
-    soft_vard as soft_vard,
-    sqdf as sqdf,
-    vard as vard,
-    vidd as vidd,
+    Training,
+    adjoint_matching,
+    alignprop,
+    compose,
+    ddpo,
+    dpok,
+    draft,
+    flow_grpo,
+    log_variance,
+    nabla_db,
+    path_consistency,
+    refl,
+    rwr,
+    score_as_action,
+    soft_vard,
+    sqdf,
+    vard,
+    vidd,
 )
-from .citations import citation as citation
-from .convolutions import convolution as convolution
-from .critics import Critic as Critic
-from .diversity import vendi_score as vendi_score
-from .drift import DriftProcess as DriftProcess
-from .exploration import AbstractExploration as AbstractExploration, ActionNoise as ActionNoise, Brownian as Brownian
-from .model import DiffusionModel as DiffusionModel, load as load, make_model as make_model, save as save
-from .networks import ResidualMLP as ResidualMLP, score_control as score_control, value_network as value_network
-from .objective import Objective as Objective, few_step_ode as few_step_ode, posterior_mean as posterior_mean
-from .optimum import (
-    Optimum as Optimum,
-    is_memoryless as is_memoryless,
-    optimality_gap as optimality_gap,
-    reweighted_optimum as reweighted_optimum,
-)
-from .parallel import ONE_DEVICE as ONE_DEVICE, Layout as Layout, make_mesh as make_mesh
-from .predictions import EPSILON as EPSILON, SCORE as SCORE, VELOCITY as VELOCITY, X0 as X0, Prediction as Prediction, V as V
-from .pretrain import denoising_loss as denoising_loss
-from .process import (
-    AbstractControlledSDE as AbstractControlledSDE,
-    ControlFn as ControlFn,
-    DiffusionProcess as DiffusionProcess,
-)
-from .rewards import (
-    Reward as Reward,
-    black_box as black_box,
-    differentiable as differentiable,
-    pooled as pooled,
-    seen_through as seen_through,
-    weighted_sum as weighted_sum,
-)
-from .sampler import (
-    Sampler as Sampler,
-    Trajectory as Trajectory,
-    log_ratio as log_ratio,
-    path_actions as path_actions,
-    step_kl as step_kl,
-)
-from .schedules import (
-    RectifiedFlow as RectifiedFlow,
-    VarianceExploding as VarianceExploding,
-    VPCosine as VPCosine,
-    VPLinear as VPLinear,
-    VPTable as VPTable,
-)
-from .solvers import sample_keys as sample_keys
-from .states import Reference as Reference, Replay as Replay
-from .trust import FirstOrder as FirstOrder, NaturalGradient as NaturalGradient
-from .values import (
-    AbstractValue as AbstractValue,
-    GivenValue as GivenValue,
-    LookaheadValue as LookaheadValue,
-    PlainValue as PlainValue,
-    StructuredValue as StructuredValue,
-)
+from .citations import citation
+from .convolutions import convolution
+from .critics import Critic
+from .drift import DriftProcess
+from .model import DiffusionModel, load, make_model, save
+from .networks import ResidualMLP, score_control, value_network
+from .objective import Objective
+from .optimum import is_memoryless, optimality_gap, reweighted_optimum
+from .parallel import Layout, make_mesh
+from .predictions import EPSILON, SCORE, VELOCITY, X0, V
+from .process import DiffusionProcess
+from .rewards import black_box, differentiable, pooled, seen_through, weighted_sum
+from .sampler import Sampler
+from .schedules import RectifiedFlow, VarianceExploding, VPCosine, VPLinear
+from .solvers import sample_keys
+from .values import GivenValue, LookaheadValue, PlainValue, StructuredValue
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiffusionProcess", "DriftProcess", "RectifiedFlow", "VPCosine", "VPLinear", "VarianceExploding",
+    "EPSILON", "SCORE", "V", "VELOCITY", "X0",
+    "ResidualMLP", "convolution", "score_control", "value_network",
+    "Sampler", "sample_keys",
+    "DiffusionModel", "load", "make_model", "save",
+    "black_box", "differentiable", "pooled", "seen_through", "weighted_sum",
+    "GivenValue", "LookaheadValue", "PlainValue", "StructuredValue",
+    "Critic", "Objective", "Training", "compose",
+    "adjoint_matching", "alignprop", "ddpo", "dpok", "draft", "flow_grpo", "log_variance", "nabla_db", "path_consistency",
+    "refl", "rwr", "score_as_action", "soft_vard", "sqdf", "vard", "vidd",
+    "is_memoryless", "optimality_gap", "reweighted_optimum",
+    "Layout", "make_mesh",
+    "__version__", "citation",
+]  # fmt: skip
+
+_ON_FIRST_USE = ("exact", "image_rewards", "pretrained", "runs", "stable_diffusion")
+
+if TYPE_CHECKING:
+    from . import (
+        exact as exact,
+        image_rewards as image_rewards,
+        pretrained as pretrained,
+        runs as runs,
+        stable_diffusion as stable_diffusion,
+    )
+else:  # hidden from type checkers, for which a module with `__getattr__` has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _ON_FIRST_USE:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

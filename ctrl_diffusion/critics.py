@@ -14,15 +14,17 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
-from .objective import Objective, Rollout, Rows, advantages, to_go, value_increments
+from .advantages import advantages, to_go, value_increments
+from .objective import Objective
 from .process import Cond, Params
+from .rollout import Rollout, Rows
 from .values import AbstractValue
 
 Target = Callable[[Objective, Rollout], Float[Array, "n b"]]
-ValueLoss = Callable[[Float[Array, " m"], Float[Array, " m"], float], Float[Array, ""]]
+Temperature = float | Float[Array, ""]
+ValueLoss = Callable[[Float[Array, " m"], Float[Array, " m"], Temperature], Float[Array, ""]]
 
 
 def returns(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
@@ -32,27 +34,30 @@ def returns(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
 
 def kl_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
     """`r(X_T) - sum_{l >= j} (cost_l + lambda kl_l)`: Monte Carlo returns of J."""
-    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * objective.step_prices(rollout))
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * rollout.price)
 
 
 def log_ratio_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
     """`r(X_T) - sum_{l >= j} (cost_l + lambda log (dP^a/dP^ref)_l)` with the realised log-ratios instead of their means."""
-    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * objective.step_log_ratios(rollout))
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * rollout.log_ratio)
 
 
-def squared_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: float) -> Float[Array, ""]:
+def squared_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: Temperature) -> Float[Array, ""]:
     """Mean of `(value - target)^2`: its minimiser is the arithmetic mean of the target given the state."""
     return jnp.mean((value - target) ** 2)
 
 
-def soft_error(value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: float) -> Float[Array, ""]:
+def soft_error(
+    value: Float[Array, " m"], target: Float[Array, " m"], kl_weight: Temperature, largest: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
     r"""Mean of `lambda^2 (e^d - 1 - d)`, `d = (target - value)/lambda`: its minimiser is `lambda log E exp(target / lambda)`.
 
     It is the squared error (over 2) to second order. Where some `d` of the batch exceed 1, all terms are divided by the largest
-    `e^d` over e, which scales the gradient and not its zero: no overflow.
+    `e^d` over e, which scales the gradient and not its zero: no overflow. `largest` is the largest `d` of the whole batch, where
+    `value` and `target` are those of a part of it.
     """
     d = (target - value) / kl_weight
-    shift = jax.lax.stop_gradient(jnp.maximum(jnp.max(d) - 1, 0))
+    shift = jax.lax.stop_gradient(jnp.maximum((jnp.max(d) if largest is None else largest) - 1, 0))
     return kl_weight**2 * jnp.mean(jnp.exp(d - shift) - jnp.exp(-shift) * (1 + d))
 
 
@@ -61,29 +66,31 @@ class Critic(eqx.Module):
 
     Args:
         value: the function class; `V(t1, x) = r(x)`.
-        optimizer: for its parameters; `None` if it has none or they are not to be changed.
         target: what it is regressed on, `(objective, rollout) -> [n, b]` (default `kl_to_go`).
-        loss: `(value, target, kl_weight) -> scalar` (default `squared_error`).
+        loss: `(value, target, kl_weight) -> scalar`, a mean over rows (default `squared_error`).
         horizon: targets look this far ahead, control time: `inf` is Monte Carlo; a finite one replaces the rest of the path by
             the value, with decay per unit time (`V_j + advantages(increments of the value, horizon)`, TD(lambda)).
+        frozen: the value's parameters stay as `init` is given them. Otherwise a value with parameters needs an optimiser,
+            `Training(value=...)`.
     """
 
     value: AbstractValue
-    optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
     target: Target = eqx.field(static=True, default=kl_to_go)
     loss: ValueLoss = eqx.field(static=True, default=squared_error)
     horizon: float = eqx.field(static=True, default=float("inf"))
+    frozen: bool = eqx.field(static=True, default=False)
 
-    def init(self, params: Params) -> optax.OptState:
-        """State of the optimiser."""
-        return () if self.optimizer is None else self.optimizer.init(params)
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters that are to be learned."""
+        return self.value.has_parameters and not self.frozen
 
     def values(self, params: Params, rollout: Rollout) -> Float[Array, "K b"]:
         """Values of all recorded states, the last ones being the rewards."""
 
         def value(row):
             t, x, x_hat, r_hat = row
-            return self.value(params, t, x, x_hat, r_hat, rollout.cond)
+            return self._value(params, t, x, x_hat, r_hat, rollout.cond)
 
         values = jax.lax.map(value, (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat))
         return jnp.concatenate([values, rollout.reward[None]])
@@ -97,10 +104,27 @@ class Critic(eqx.Module):
         increments = value_increments(values, paid)
         return values[:-1] + advantages(increments, jnp.diff(rollout.t), self.horizon)
 
-    def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
-        """Loss of the regression on rows `[m]`."""
-        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
-        return self.loss(value, rows.target, objective.kl_weight)
+    def error(
+        self, params: Params, objective: Objective, rows: Rows, largest: Float[Array, ""] | None = None
+    ) -> Float[Array, ""]:
+        """Loss of the regression on rows `[m]`; `largest`: see `largest_exponent`."""
+        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
+        return self._loss(value, rows.target, objective.kl_weight, largest)
+
+    def largest_exponent(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
+        """The largest `(target - V) / lambda` of rows `[m]`: what a soft error over parts of a minibatch must know of all of it."""
+        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
+        return jnp.max((rows.target - value) / objective.kl_weight)
+
+    def _value(self, params: Params, t, x, x_hat, r_hat, cond: Cond) -> Float[Array, " m"]:
+        """The value of recorded states; `x` and 0 stand for estimates that it does not use."""
+        x_hat = x if x_hat is None else x_hat
+        return self.value(params, t, x, x_hat, jnp.zeros(x.shape[0], x.dtype) if r_hat is None else r_hat, cond)
+
+    def _loss(self, value, target, kl_weight: Temperature, largest: Float[Array, ""] | None) -> Float[Array, ""]:
+        if self.loss is soft_error:
+            return soft_error(value, target, kl_weight, largest)
+        return self.loss(value, target, kl_weight)
 
     def __call__(self, params: Params, objective: Objective, reference: Params, t, x, cond: Cond = None) -> Float[Array, " m"]:
         """`V(t, x)` as a differentiable function of `x` `[m, *x]`, under conditions `[m, ...]`.
@@ -127,8 +151,10 @@ class MartingaleCritic(Critic):
 
     loss: ValueLoss = eqx.field(static=True, default_factory=lambda: squared_error, init=False)
 
-    def error(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
+    def error(
+        self, params: Params, objective: Objective, rows: Rows, largest: Float[Array, ""] | None = None
+    ) -> Float[Array, ""]:
         dt = jnp.diff(objective.sampler.ts)
         weight = jnp.sqrt(dt / jnp.mean(dt))[rows.j]
-        value = self.value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
+        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
         return self.loss(weight * value, weight * rows.target, objective.kl_weight)

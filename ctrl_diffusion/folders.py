@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+StrPath = str | os.PathLike[str]
+
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
-"""A mean over rows and its gradient: part by part in time, device by device in space, and reduced once."""
+"""A mean over rows and its gradient: in microbatches, one after the other, device by device, and reduced once."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,57 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+from optax.microbatching import AccumulationType, Accumulator, microbatch
 
-from .objective import Rows
 from .parallel import BATCH, DATA, FSDP, ONE_DEVICE, Layout
 from .process import Params
 
-Loss = Callable[[Params, Rows], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
-GivenLoss = Callable[[Params, Rows, Any], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+Loss = Callable[[Params, Any], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+GivenLoss = Callable[[Params, Any, Any], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
 def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Loss:
-    """`loss(params, rows, given)`, a mean over rows, with a gradient that is summed over `parts` equal parts of the rows.
+    """`loss(params, rows, given)`, a mean over rows, with a gradient that is summed over `parts` equal microbatches.
 
-    `given` are arrays that are not differentiated, the same for all rows. Parts are worked through one after the other.
-
-    Where devices have all parameters, each works through its own rows and the sums are reduced over the devices once, at the end,
-    whatever loops the loss has inside. Where parameters are divided (`fsdp > 1`) the compiler brings them together and reduces their
-    gradients as it sees fit, in every part. Metrics are means, those named `max_...` maxima.
+    `given` are arrays that are not differentiated, the same for all rows.
     """
-    alone = layout.mesh is None
-    whole_parameters = layout.mesh is not None and layout.mesh.shape[FSDP] == 1
-    if alone and parts == 1:
+    if layout.mesh is None and parts == 1:
         return lambda params, rows: loss(params, rows, given)
-
-    def in_parts(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
-        def one(part):
-            return jax.value_and_grad(loss, has_aux=True)(params, part, given)
-
-        return mean_in_parts(one, rows, ONE_DEVICE if whole_parameters else layout, parts)
-
-    def on_each(params: Params, rows: Rows, given: Any) -> tuple[Any, Params]:
-        (value, metrics), gradient = in_parts(params, rows, given)
-        axes = (DATA, FSDP)
-        maxima = {name: jax.lax.pmax(v, axes) for name, v in metrics.items() if name.startswith("max_")}
-        means = {name: v for name, v in metrics.items() if name not in maxima}
-        value, means, gradient = jax.lax.pmean((value, means, gradient), axes)
-        return (value, means | maxima), gradient
-
-    def evaluated(params: Params, rows: Rows) -> tuple[Any, Params]:
-        if not whole_parameters:
-            return in_parts(params, rows, given)
-        everywhere = PartitionSpec()
-        return jax.shard_map(
-            on_each, mesh=layout.mesh, in_specs=(everywhere, BATCH, everywhere), out_specs=everywhere, check_vma=False
-        )(params, rows, given)  # fmt: skip
+    evaluated = mean_over_rows(jax.value_and_grad(loss, has_aux=True), layout, parts)
 
     @jax.custom_vjp
     def total(params, rows):
-        return evaluated(params, rows)[0]
+        return evaluated(params, rows, given)[0]
 
     def forward(params, rows):
-        found, gradient = evaluated(params, rows)
+        found, gradient = evaluated(params, rows, given)
         return found, (gradient, rows)
 
     def backward(saved, cotangent):
@@ -69,27 +43,66 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
     return total
 
 
+def mean_over_rows(mean: Callable[..., Any], layout: Layout, parts: int) -> Callable[..., Any]:
+    """`mean(params, rows, given)`, a tree of means over rows, from those of `parts` equal microbatches on the devices of `layout`.
+
+    Entries named `max_...` are maxima. Where devices have all parameters, each works through its own rows and the results are
+    reduced over the devices once, at the end, whatever loops `mean` has inside. Where parameters are divided (`fsdp > 1`) the compiler
+    brings them together and reduces their gradients as it sees fit, in every microbatch.
+    """
+    whole_parameters = layout.mesh is not None and layout.mesh.shape[FSDP] == 1
+
+    def in_parts(params: Params, rows: Any, given: Any) -> Any:
+        within = ONE_DEVICE if whole_parameters else layout
+        return mean_in_parts(lambda part: mean(params, part, given), rows, within, parts)
+
+    def on_each(params: Params, rows: Any, given: Any) -> Any:
+        found, tree = jax.tree.flatten_with_path(in_parts(params, rows, given))
+        reduced = list(jax.lax.pmean([v for path, v in found if not _is_maximum(path)], (DATA, FSDP)))
+        largest = list(jax.lax.pmax([v for path, v in found if _is_maximum(path)], (DATA, FSDP)))
+        return tree.unflatten([(largest if _is_maximum(path) else reduced).pop(0) for path, _ in found])
+
+    if not whole_parameters:
+        return in_parts
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        on_each, mesh=layout.mesh, in_specs=(everywhere, BATCH, everywhere), out_specs=everywhere, check_vma=False
+    )
+
+
 def mean_in_parts(mean: Callable[[Any], Any], rows: Any, layout: Layout = ONE_DEVICE, parts: int = 1) -> Any:
-    """`mean(rows)`, a tree of means over rows, from those of `parts` equal parts, one after the other: in the memory of one.
+    """`mean(rows)`, a tree of means over rows, from those of `parts` equal microbatches, one after the other: in the memory of one.
 
     Entries named `max_...` are maxima. Of `n` parts the first has the rows `0, n, 2 n, ...`, so that every device has its share of each.
     """
     if parts == 1:
         return mean(rows)
-    divided = jax.tree.map(lambda v: jnp.moveaxis(v.reshape((v.shape[0] // parts, parts) + v.shape[1:]), 1, 0), rows)
-    divided = layout.constrain(divided, lambda tree: layout.batch(tree, 1))
-    first = jax.eval_shape(mean, jax.tree.map(lambda v: v[0], divided))
+    size = jax.tree.leaves(rows)[0].shape[0] // parts
 
-    def start(path: Any, v: jax.ShapeDtypeStruct) -> Array:
-        return jnp.full(v.shape, -jnp.inf if _is_maximum(path) else 0, v.dtype)
+    def one(part: Any) -> Any:
+        return mean(layout.constrain(part, partial(layout.shardings, 0)))
 
-    def add(path: Any, total: Array, part: Array) -> Array:
-        return jnp.maximum(total, part) if _is_maximum(path) else total + part / parts
+    first = jax.eval_shape(mean, jax.tree.map(lambda v: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype), rows))
+    how = jax.tree.map_with_path(lambda path, _: _MAXIMUM if _is_maximum(path) else AccumulationType.MEAN, first)
+    return microbatch(one, 0, size, how)(rows)
 
-    def one(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map_with_path(add, total, mean(part)), None
 
-    return jax.lax.scan(one, jax.tree.map_with_path(start, first), divided)[0]
+def each_in_parts(fn: Callable[[Any], Float[Array, " m"]], rows: Any, layout: Layout = ONE_DEVICE, parts: int = 1) -> Any:
+    """`fn(rows)`, one number for each row, from those of `parts` equal microbatches; without a gradient."""
+    size = jax.tree.leaves(rows)[0].shape[0] // parts
+    found = microbatch(fn, 0, size, AccumulationType.CONCAT)(rows) if parts > 1 else fn(rows)
+    return layout.constrain(jax.lax.stop_gradient(found), partial(layout.shardings, 0))
+
+
+def _lowest(v: Any) -> Any:
+    return jnp.full(v.shape, -jnp.inf, v.dtype)
+
+
+def _larger(total: Any, part: Any, _: Any) -> Any:
+    return jnp.maximum(total, part)
+
+
+_MAXIMUM = Accumulator(init=_lowest, update=_larger, finalize=lambda total: total, aggregate=lambda v: v)
 
 
 def _is_maximum(path: Any) -> bool:

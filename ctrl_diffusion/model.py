@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -20,6 +19,7 @@ from .predictions import Prediction, V
 from .process import DiffusionProcess, Params
 from .sampler import Sampler
 from .solvers import sample_keys
+from .summaries import summary
 
 FORMAT = 1
 
@@ -34,6 +34,10 @@ class DiffusionModel(NamedTuple):
     params: Params
     sampler: Sampler
     prediction: Prediction = V
+
+    def __repr__(self) -> str:
+        """Network, count of parameters, process, grid and solver, in about fifteen lines; parameters are not listed."""
+        return summary(self)
 
     @property
     def process(self) -> DiffusionProcess:
@@ -75,6 +79,8 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
 
     The solver must be the default `ExponentialEuler` or is recorded by name only; see `load`.
     """
+    from safetensors.flax import save_file  # needed for nothing else
+
     process, schedule = model.process, model.process.schedule
     description = {
         "format": FORMAT,
@@ -91,7 +97,7 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
     }
     with replaced(Path(directory)) as temporary:
         (temporary / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-        safetensors.flax.save_file(_flat(model.params), str(temporary / "params.safetensors"))
+        save_file(_flat(model.params), str(temporary / "params.safetensors"))
 
 
 def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, solver: Any = None, grid=None) -> DiffusionModel:
@@ -145,8 +151,10 @@ def _tuple(v: Any) -> Any:
 
 def _read(path: Path, expected: Params) -> Params:
     """Parameters from a file whose names, shapes and types must be the expected ones."""
+    from safetensors.flax import load_file
+
     try:
-        found = safetensors.flax.load_file(str(path))
+        found = load_file(str(path))
     except Exception as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     wanted = _flat(expected)

@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP = "data", "fsdp"
 BATCH = PartitionSpec((DATA, FSDP))
+PARAMETERS, WHOLE = "parameters", "whole"
+"""In place of the axis that counts samples: arrays that are divided as parameters are, and arrays that every device has."""
 
 
 def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
@@ -72,6 +74,22 @@ class Layout(NamedTuple):
     def replicated(self, tree: Any) -> Any:
         """Shardings of arrays that every device has."""
         return jax.tree.map(lambda _: NamedSharding(self._mesh, PartitionSpec()), tree)
+
+    def shardings(self, axes: Any, tree: Any) -> Any:
+        """Shardings by `axes`, a prefix of `tree`: the axis that counts samples, `PARAMETERS` or `WHOLE`."""
+
+        def of(axis: Any, part: Any) -> Any:
+            if axis == PARAMETERS:
+                return self.parameters(part)
+            return self.replicated(part) if axis == WHOLE else self.batch(part, axis)
+
+        return jax.tree.map(of, axes, tree)
+
+    def described(self, axes: Any, tree: Any) -> Any:
+        """Shapes, types and, on a mesh, shardings by `axes` of the arrays in `tree`, which need not be there."""
+        if self.mesh is None:
+            return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), tree)
+        return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, self.shardings(axes, tree))
 
     def gathering(self, control: Callable) -> Callable:
         """`control(params, ...)` with divided parameters brought together where it is called, and nowhere else."""

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 from .estimators.base import per_path
 from .exploration import shift
 from .gradients import Loss, mean_in_parts
-from .objective import Objective, Rows
+from .objective import Objective
 from .parallel import ONE_DEVICE, Layout
 from .predictions import expand
 from .process import Params
+from .rollout import Rows
 
 
 class AbstractTrustRegion(eqx.Module):

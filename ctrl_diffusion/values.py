@@ -64,6 +64,16 @@ class AbstractValue(eqx.Module):
     uses_reward: AbstractVar[bool]
     """Whether `r_hat = r(x_hat)` is needed before `t1` (it costs one reward evaluation per state)."""
 
+    @property
+    def uses_x_hat(self) -> bool:
+        """Whether `x_hat` itself is needed, and not its reward alone; `x` stands in its place where it is not."""
+        return self.uses_reward
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether it has parameters, which an optimiser may learn."""
+        return True
+
     @abc.abstractmethod
     def __call__(self, params, t: Time, x, x_hat, r_hat: Float[Array, " b"], cond=None) -> Float[Array, " b"]:
         """The value of states `x` at `t`."""
@@ -100,6 +110,10 @@ class StructuredValue(AbstractValue):
                 "for example cosine and sine, or one_minus and identity."
             )
 
+    @property
+    def uses_x_hat(self) -> bool:
+        return self.denoised
+
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         s = self.remaining(t)
         return self.c_skip(s) * r_hat + self.c_out(s) * self.network(params, t, x_hat if self.denoised else x, cond)
@@ -124,6 +138,10 @@ class NoValue(AbstractValue):
     t1: float = eqx.field(static=True)
     uses_reward: bool = eqx.field(static=True, default=False, init=False)
 
+    @property
+    def has_parameters(self) -> bool:
+        return False
+
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         return jnp.where(self.remaining(t) <= 0, r_hat, jnp.zeros_like(r_hat))
 
@@ -134,6 +152,14 @@ class LookaheadValue(AbstractValue):
     t0: float = eqx.field(static=True)
     t1: float = eqx.field(static=True)
     uses_reward: bool = eqx.field(static=True, default=True, init=False)
+
+    @property
+    def uses_x_hat(self) -> bool:
+        return False
+
+    @property
+    def has_parameters(self) -> bool:
+        return False
 
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         return r_hat
@@ -146,6 +172,10 @@ class GivenValue(AbstractValue):
     t0: float = eqx.field(static=True)
     t1: float = eqx.field(static=True)
     uses_reward: bool = eqx.field(static=True, default=False, init=False)
+
+    @property
+    def has_parameters(self) -> bool:
+        return False
 
     def __call__(self, params, t, x, x_hat, r_hat, cond=None):
         return self.fn(t, x)

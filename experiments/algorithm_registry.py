@@ -2,23 +2,26 @@
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.critics import returns
-from ctrl_diffusion.objective import Clip
 from ctrl_diffusion.values import AbstractValue
 
 
 class Settings(NamedTuple):
-    """What a choice is made from; a choice takes what concerns it."""
+    """What an algorithm is made from; `None` is the default of an option that not all algorithms have."""
 
     objective: cd.Objective
     value: AbstractValue
     training: cd.Training
-    clip: Clip = 0.2
-    horizon: float = 0.0
-    kl_radius: float = 0.05
+    clip: Any = None  # a number or two
+    horizon: Any = None
+    kl_radius: Any = None
+
+
+DEFAULTS: dict[str, Any] = {"clip": 0.2, "horizon": 0.0, "kl_radius": 0.05}
+"""Options that not all algorithms have, and what they are where they are not given."""
 
 
 class Choice(NamedTuple):
@@ -30,18 +33,20 @@ class Choice(NamedTuple):
         priced: whether the published method prices the path KL; if not, its default price is 0.
         differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
         needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
+        options: which of `DEFAULTS` it has.
     """
 
-    make: Callable[[Settings], cd.Algorithm]
+    make: Callable[[Settings], cd.algorithms.Algorithm]
     description: str
     learns_value: bool = False
     priced: bool = True
     differentiates: bool = False
     needs_several: bool = False
+    options: tuple[str, ...] = ()
 
 
-def _trpo(s: Settings) -> cd.Algorithm:
-    region = cd.NaturalGradient(s.kl_radius, fisher_rows=8192)
+def _trpo(s: Settings) -> cd.algorithms.Algorithm:
+    region = cd.trust.NaturalGradient(s.kl_radius, fisher_rows=8192)
     return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
 
 
@@ -50,17 +55,30 @@ ALGORITHMS: dict[str, Choice] = {
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, horizon=s.horizon),
         "continuous-time PPO with a structured value",
         learns_value=True,
+        options=("clip", "horizon"),
     ),
-    "score_as_action_trpo": Choice(_trpo, "the same with a natural gradient in a KL radius", learns_value=True),
+    "score_as_action_trpo": Choice(
+        _trpo, "the same with a natural gradient in a KL radius", learns_value=True, options=("kl_radius", "horizon")
+    ),
     "score_as_action_published": Choice(
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, target=returns),
         "the same with the value of the terminal reward alone, as published",
         learns_value=True,
+        options=("clip",),
     ),
-    "ddpo": Choice(lambda s: cd.ddpo(s.objective, s.training, clip=s.clip), "likelihood ratio of the return", priced=False),
-    "dpok": Choice(lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL"),
+    "ddpo": Choice(
+        lambda s: cd.ddpo(s.objective, s.training, clip=s.clip),
+        "likelihood ratio of the return",
+        priced=False,
+        options=("clip",),
+    ),
+    "dpok": Choice(
+        lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL", options=("clip",)
+    ),
     "flow_grpo": Choice(
-        lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip), "group-relative returns and a KL penalty"
+        lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip),
+        "group-relative returns and a KL penalty",
+        options=("clip",),
     ),
     "vard": Choice(
         lambda s: cd.vard(s.objective, s.value, s.training),
@@ -119,13 +137,29 @@ def choose(name: str) -> Choice:
     return ALGORITHMS[name]
 
 
-def value_for(reward: cd.Reward, network, process) -> AbstractValue:
+def make_algorithm(name: str, settings: Settings) -> cd.algorithms.Algorithm:
+    """The algorithm of this name; `ValueError` for an option that it does not have."""
+    check_options(name, settings)
+    missing = {option: v for option, v in DEFAULTS.items() if getattr(settings, option) is None}
+    return choose(name).make(settings._replace(**missing))
+
+
+def check_options(name: str, given: Any) -> None:
+    """`ValueError` for the first option of `given` (attributes named as `DEFAULTS`) that the algorithm does not have."""
+    for option in DEFAULTS:
+        value = getattr(given, option)
+        if value is not None and option not in choose(name).options:
+            others = ", ".join(other for other, choice in ALGORITHMS.items() if option in choice.options)
+            raise ValueError(f"{option}={value}: {name} has no such option. Leave it out; it is one of {others}.")
+
+
+def value_for(reward: cd.rewards.Reward, network, process) -> AbstractValue:
     """A structured value, or for a black-box reward, which has no gradient to give, a plain one."""
     form = cd.StructuredValue if reward.differentiable else cd.PlainValue
     return form(network, process.t0, process.t1)
 
 
-def require_gradient(name: str, reward: cd.Reward) -> None:
+def require_gradient(name: str, reward: cd.rewards.Reward) -> None:
     """Raise if the algorithm differentiates a reward that is a black box, and say what would work."""
     if choose(name).differentiates and not reward.differentiable:
         others = ", ".join(other for other, choice in ALGORITHMS.items() if not choice.differentiates)

@@ -1,10 +1,9 @@
-"""Which devices share a run: those of this machine, or those of many, by the same command."""
+"""The options of the commands that say which devices share a run."""
 
 import dataclasses
 
-import jax
-
-from ctrl_diffusion.parallel import DATA, FSDP, Layout, make_mesh
+from ctrl_diffusion.parallel import Layout
+from ctrl_diffusion.runs import start_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,38 +25,8 @@ class Devices:
     """Number of this process, from 0."""
 
     def start(self) -> Layout:
-        """Join the other processes, if so asked, and lay out a mesh; prints what each device gets. Call it before anything else."""
-        explicit = (self.coordinator, self.processes, self.process)
-        if any(v is not None for v in explicit):
-            if not self.distributed or any(v is None for v in explicit):
-                raise ValueError(
-                    f"devices.coordinator={self.coordinator}, processes={self.processes}, process={self.process}: give all three, "
-                    "with --devices.distributed, or none of them."
-                )
-        if self.distributed:
-            jax.distributed.initialize(*explicit)
-        devices = jax.devices()
-        if self.count is not None and not 1 <= self.count <= len(devices):
-            raise ValueError(f"devices.count={self.count} must be from 1 to {len(devices)}, the number of devices there are.")
-        devices = devices[: self.count]
-        if len(devices) == 1:
-            if self.fsdp != 1:
-                raise ValueError(f"devices.fsdp={self.fsdp} must be 1 on one device.")
-            return Layout()
-        return Layout(make_mesh(self.fsdp, devices))
-
-
-def describe(layout: Layout, **batches: int) -> str:
-    """One line: the devices, and what each gets of batches that are given as a whole."""
-    kind = jax.devices()[0].device_kind
-    if layout.mesh is None:
-        return f"1 device ({kind})"
-    shape = layout.mesh.shape
-    mesh = f"{layout.devices} devices ({kind}) of {jax.process_count()} process(es), mesh {DATA} {shape[DATA]} x {FSDP} {shape[FSDP]}"
-    shares = ", ".join(f"{name} {size} = {size // layout.devices} each" for name, size in batches.items())
-    return f"{mesh}; {shares}" if shares else mesh
-
-
-def is_first() -> bool:
-    """Whether this process writes logs and results."""
-    return jax.process_index() == 0
+        """Join the other processes, if so asked, and lay out a mesh. Call it before anything else."""
+        return start_devices(
+            self.count, self.fsdp, distributed=self.distributed, coordinator=self.coordinator, processes=self.processes,
+            process=self.process,
+        )  # fmt: skip

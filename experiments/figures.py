@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 
+from ctrl_diffusion.runs.images import mosaic
+
 # Okabe and Ito's colours, told apart with any colour vision; marks and line styles differ as well.
 BEFORE, AFTER, HELD_OUT, OPTIMUM = "#9a9a9a", "#0072b2", "#d55e00", "#111111"
 FONT = 10.5
@@ -51,20 +53,6 @@ def png(figure: Figure, dpi: int = 200) -> bytes:
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------------
-
-
-def mosaic(images: np.ndarray) -> np.ndarray:
-    """Images `[n, h, w, c]` in [-1, 1] as one RGB picture in [0, 1], about square, with white lines between them."""
-    x = np.clip((np.nan_to_num(np.asarray(images, np.float64)) + 1) / 2, 0, 1)
-    n, h, w, c = x.shape
-    x = x if c == 3 else np.repeat(x.mean(axis=-1, keepdims=True), 3, axis=-1)
-    columns, gap = int(np.ceil(np.sqrt(n))), max(1, round(max(h, w) / 12))
-    rows = -(-n // columns)
-    result = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3))
-    for i, image in enumerate(x):
-        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        result[top : top + h, left : left + w] = image
-    return result
 
 
 def sample_panels(samples: Mapping[str, np.ndarray], unit: str) -> list[Panel]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
+
+from ctrl_diffusion.runs import ProgressBar
 
 
 def interleaved(
@@ -16,11 +17,13 @@ def interleaved(
     Rounds go through the calls forwards and backwards in turn, so that none always has the same one before it.
     """
     turns = [(call, []) for call in calls]
-    for i in tqdm(range(repeats + warmup), desc=name, unit="round"):
-        for call, found in turns if i % 2 == 0 else reversed(turns):
-            time.sleep(pause)
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            if i >= warmup:
-                found.append(time.perf_counter() - begin)
+    with ProgressBar(repeats + warmup, name, "round") as bar:
+        for i in range(repeats + warmup):
+            for call, found in turns if i % 2 == 0 else reversed(turns):
+                time.sleep(pause)
+                begin = time.perf_counter()
+                jax.block_until_ready(call())
+                if i >= warmup:
+                    found.append(time.perf_counter() - begin)
+            bar.update()
     return [found for _, found in turns]

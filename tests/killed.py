@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.parallel import Layout
-from experiments import rundir
+from ctrl_diffusion.runs import Checkpoints
 from experiments.commandline import execute
 from experiments.digits import experiment as digits
 
@@ -50,9 +50,9 @@ def main(out, point):
     elif point == "update":  # the first of the two updates of the second iteration is done
         Layout.paced = killing(Layout.paced, 18, before=False)
     elif point == "checkpoint":  # the third checkpoint is being written in the background
-        rundir.Checkpoints.save = killing(rundir.Checkpoints.save, 3, before=False)
+        Checkpoints.save = killing(Checkpoints.save, 3, before=False)
     elif point == "disk":
-        save, calls = rundir.Checkpoints.save, []
+        save, calls = Checkpoints.save, []
 
         def full(*args):
             calls.append(None)
@@ -60,7 +60,7 @@ def main(out, point):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             save(*args)
 
-        rundir.Checkpoints.save = full
+        Checkpoints.save = full
     digits.write_report = lambda folder: folder
     reward = cd.differentiable(lambda x: jnp.mean(x[:, :, :3] - x[:, :, 3:], axis=(1, 2, 3)), "left")
     run = functools.partial(digits.run, reward=reward, data=load_digits().images[:200, :6, :6] / 8 - 1)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
+from ctrl_diffusion.critics import log_ratio_to_go, soft_error
 from ctrl_diffusion.estimators import (
     GradientBalance,
     LeanAdjoint,
@@ -28,9 +29,9 @@ from ctrl_diffusion.estimators import (
     value_gradient,
 )
 from ctrl_diffusion.parallel import Layout, make_mesh
+from ctrl_diffusion.runs import RunDirectory
 from ctrl_diffusion.values import NoValue
 from experiments.exact.units import budget_for, solve
-from experiments.rundir import RunDirectory
 from experiments.value_networks.cases import Size, ring_case
 from experiments.value_networks.fit import Budget, learn
 from experiments.value_networks.variants import BY_NAME
@@ -55,21 +56,26 @@ LEARNED, PHI = cd.value_network(cd.ResidualMLP((2,), (), width=16, depth=1, rngs
 
 
 def critic():
-    return cd.Critic(cd.StructuredValue(LEARNED, PROCESS.t0, PROCESS.t1), optax.sgd(1.0))
+    return cd.Critic(cd.StructuredValue(LEARNED, PROCESS.t0, PROCESS.t1))
+
+
+def soft_critic():
+    return cd.Critic(critic().value, log_ratio_to_go, soft_error)
 
 
 NONE = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
 CASES = {
     "likelihood ratio": lambda: (cd.estimators.LikelihoodRatio(clip=0.2), critic(), None),
-    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.states.Reference()),
+    "weighted likelihood": lambda: (cd.estimators.WeightedLikelihood(), NONE, cd.replay.Reference()),
     "pathwise, one step": lambda: (Pathwise(1), critic(), None),
     "pathwise, all steps": lambda: (Pathwise(STEPS), NONE, None),
-    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.states.Replay(2 * BATCH)),
+    "pathwise, replay": lambda: (Pathwise(1), critic(), cd.replay.ReplayBuffer(2 * BATCH)),
     "matching a gradient": lambda: (Matching(value_gradient), critic(), None),
     "matching the adjoint": lambda: (Matching(LeanAdjoint()), NONE, None),
     "detailed balance": lambda: (GradientBalance(), critic(), None),
     "log-variance": lambda: (LogVariance(), NONE, None),
     "path consistency": lambda: (PathConsistency(), critic(), None),
+    "soft error": lambda: (Pathwise(1), soft_critic(), None),
     "natural gradient": lambda: (cd.estimators.LikelihoodRatio(), critic(), None),
 }
 
@@ -91,14 +97,14 @@ def host_reward(x):
 
 def composed(name, layout, reward=None, **settings):
     """An algorithm with plain gradient descent: differences of parameters are gradients. And what it starts from."""
-    estimator, chosen, states = CASES[name]()
+    estimator, chosen, behaviour = CASES[name]()
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
     objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
-    policy = cd.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
+    policy = cd.trust.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
     settings = {"minibatches": 2, "average": 0.9} | settings
-    training = cd.Training(policy, BATCH, layout=layout, **settings)
-    algorithm = cd.compose(objective, estimator, chosen, training, states=states)
+    training = cd.Training(policy, BATCH, value=optax.sgd(1.0), layout=layout, **settings)
+    algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)
     params, phi = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, PHI))
     return algorithm, algorithm.init(params, phi)
 
@@ -123,9 +129,9 @@ def leaves(tree):
 
 
 def same(found, expected, rtol=1e-4, atol=1e-6):
-    """All that a state holds."""
+    """All that a state holds, to rounding: relative to the entries and to a hundredth of the largest of them."""
     for a, b in zip(leaves(found), leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, np.max(np.abs(b), initial=0.0)))
 
 
 SCANNED = {"scan_minibatches": True}
@@ -138,10 +144,21 @@ WAYS = {
     "matching a gradient": [("eight", SCANNED)],
     "matching the adjoint": [("eight", {"rollouts": 4}), ("one", {"rollouts": 4})],
     "detailed balance": [("four by two", {})],
-    "log-variance": [("eight", SCANNED)],
+    "log-variance": [("eight", SCANNED), ("two", {"accumulation": 4})],
     "path consistency": [("two", {"accumulation": 4}), ("eight", {})],
+    "soft error": [("two", {"accumulation": 4}), ("four by two", {})],
     "natural gradient": [("eight", {}), ("four by two", {"accumulation": 4}), ("two", {"accumulation": 4})],
 }
+
+
+def same_samples(found, expected):
+    """To rounding: the noise is the same, and the compiler chooses its kernels by the shapes that a device has.
+
+    A step's rounding, relative to states of size about 3, grows by less than ten in all; in float64 the same bound is 2^29 times
+    smaller.
+    """
+    eps = np.finfo(np.asarray(expected).dtype).eps
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3 * 10 * STEPS * eps)
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -151,7 +168,7 @@ def test_the_numbers_do_not_depend_on_how_the_work_is_divided(name):
         alone, info = made(name)
         for layout, settings in WAYS[name]:
             state, found = made(name, layout, **settings)
-            np.testing.assert_allclose(found.samples, info.samples, rtol=1e-5, atol=1e-5)
+            same_samples(found.samples, info.samples)
             np.testing.assert_allclose(found.rewards, info.rewards, atol=1e-4)
             same(state, alone)
     moved = [np.max(np.abs(a - b)) for a, b in zip(leaves(alone.params), leaves(PARAMS))]
@@ -177,7 +194,7 @@ def test_conditions_and_fixed_arrays_do_not_depend_on_the_devices():
 
     (alone, info), (state, found) = (on(layouts()[name]) for name in ("one", "four by two"))
     np.testing.assert_array_equal(found.cond, info.cond)
-    np.testing.assert_allclose(found.samples, info.samples, rtol=1e-5, atol=1e-5)
+    same_samples(found.samples, info.samples)
     same(state, alone)
     assert len(set(np.asarray(info.cond).tolist())) == 4
 
@@ -211,26 +228,24 @@ def test_stratified_minibatches_do_not_depend_on_the_devices(name, ways):
 def test_the_devices_sample_while_the_host_judges(monkeypatch):
     """All parts are handed to the devices before the host waits for the first."""
     events = []
-    module = sys.modules["ctrl_diffusion.algorithms.compose"]
+    module = sys.modules["ctrl_diffusion.algorithms.collect"]
     paced, judge = Layout.paced, module.evaluate_parts
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
     monkeypatch.setattr(module, "evaluate_parts", lambda *args: events.append("host") or judge(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
-    assert events[:8] == ["device"] * 5 + ["host", "host", "device"]  # conditions (here none), then paths and their actions
+    assert events[:8] == ["device"] * 6 + ["host", "device"]  # keys, conditions (here none), then paths and their actions
 
 
 REFUSED = {
-    "accumulation=4: the loss of LogVariance is a statistic": ("log-variance", {"accumulation": 4}),
-    "accumulation=3 must divide the rows of a minibatch, 128": ("likelihood ratio", {"accumulation": 3}),
-    "rollouts=5 must divide batch=32": ("likelihood ratio", {"rollouts": 5}),
+    "accumulation=3 must divide the rows of a minibatch, 128": {"accumulation": 3},
+    "rollouts=5 must divide batch=32": {"rollouts": 5},
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_parts_that_do_not_fit_are_refused(message):
-    name, settings = REFUSED[message]
     with pytest.raises(ValueError, match=message):
-        composed(name, Layout(), **settings)
+        composed("likelihood ratio", Layout(), **REFUSED[message])
 
 
 def test_batches_are_divided_evenly():

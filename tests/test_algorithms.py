@@ -19,9 +19,10 @@ from ctrl_diffusion.estimators import (
     Pathwise,
     value_gradient,
 )
-from ctrl_diffusion.objective import Rollout, Rows, chi_squared, squared_hellinger
+from ctrl_diffusion.objective import chi_squared, squared_hellinger
+from ctrl_diffusion.replay import positive_reward
+from ctrl_diffusion.rollout import Rollout, Rows
 from ctrl_diffusion.solvers import power
-from ctrl_diffusion.states import positive_reward
 from ctrl_diffusion.trust import fisher_product, moved_kl
 from ctrl_diffusion.values import NoValue
 
@@ -86,7 +87,7 @@ def test_reverse_detailed_balance_finds_the_value():
     def tilted(params, t, x, x_hat, r_hat, cond=None):
         return PROBLEM.value(t, x) + params * (1 - jnp.broadcast_to(t, x.shape[:1]) / PROCESS.t1) * x[:, 0] ** 2
 
-    class Tilted(cd.AbstractValue):
+    class Tilted(cd.values.AbstractValue):
         t0: float = PROCESS.t0
         t1: float = PROCESS.t1
         uses_reward: bool = False
@@ -94,8 +95,8 @@ def test_reverse_detailed_balance_finds_the_value():
         def __call__(self, params, t, x, x_hat, r_hat, cond=None):
             return tilted(params, t, x, x_hat, r_hat)
 
-    critic = cd.Critic(Tilted(), optax.sgd(1.0))
-    algorithm = cd.compose(problem, GradientBalance(), critic, cd.Training(optax.sgd(0.0), 2048))
+    critic = cd.Critic(Tilted())
+    algorithm = cd.compose(problem, GradientBalance(), critic, cd.Training(optax.sgd(0.0), 2048, value=optax.sgd(1.0)))
     slopes = []
     for w in (-0.3, 0.0, 0.3):
         state = algorithm.init(jnp.asarray([1.0, 0.0, 0.0]), jnp.asarray(w))._replace(reference=jnp.zeros(3))
@@ -111,7 +112,7 @@ def pairs(problem, params, batch=512):
     j = jnp.repeat(jnp.arange(n), batch)
     x = path.x[:-1].reshape(n * batch, 1)
     empty = jnp.zeros(n * batch)
-    return Rows(j, x, x, x, x, x, x, empty, jnp.ones_like(empty), empty, empty)
+    return Rows(j, x, jnp.ones_like(empty))
 
 
 def test_fisher_product_is_the_hessian_of_the_path_kl():
@@ -145,7 +146,7 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
 def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
     """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
     radius = 0.03
-    region = cd.NaturalGradient(radius, fisher_rows=fisher_rows)
+    region = cd.trust.NaturalGradient(radius, fisher_rows=fisher_rows)
     training = cd.Training(region, 512, 1, 1)
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
@@ -170,7 +171,7 @@ def test_trpo_in_parts_is_trpo():
         sampler = cd.Sampler(PROCESS, control, (1,), grid=grid(25), dtype=jnp.float64)
         problem = cd.Objective(sampler, cd.differentiable(PROBLEM.reward), PROBLEM.kl_weight)
         for parts in (1, 4):
-            training = cd.Training(cd.NaturalGradient(0.03), 64, accumulation=parts)
+            training = cd.Training(cd.trust.NaturalGradient(0.03), 64, accumulation=parts)
             algorithm = cd.score_as_action(problem, EXACT.value, training)
             found.append(algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3))))
     (one, info), (four, info_in_parts) = found
@@ -189,7 +190,7 @@ def test_the_radius_means_the_same_at_any_number_of_steps(steps):
         reward = cd.differentiable(PROBLEM.reward)
         return cd.Objective(cd.Sampler(process, control, (1,), grid=process.grid(n)), reward, PROBLEM.kl_weight)
 
-    region = cd.NaturalGradient(radius, damping=0.0)
+    region = cd.trust.NaturalGradient(radius, damping=0.0)
     algorithm = cd.score_as_action(problem(steps), EXACT.value, cd.Training(region, 4096))
     state, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3)))
     assert 0.9 * radius < float(info.metrics["update_kl"]) <= radius
@@ -202,11 +203,14 @@ def rollout(batch, tag):
     n = 3
     x = jnp.full((n + 1, batch, 1), float(tag))
     step = x[:-1]
-    return Rollout(jnp.arange(4.0), x, step, step, step, step, jnp.full((n, batch), float(tag)), jnp.full(batch, float(tag)))
+    pairs = jnp.full((n, batch), float(tag))
+    return Rollout(
+        jnp.arange(4.0), x, jnp.full(batch, float(tag)), pairs, pairs, noise=step, a_ref=step, x_hat=step, r_hat=pairs
+    )
 
 
 def test_replay_is_first_in_first_out():
-    replay = cd.Replay(4)
+    replay = cd.replay.ReplayBuffer(4)
     memory = replay.init(rollout(2, 0))
     for tag in (1, 2, 3):
         drawn = [replay.update(jax.random.key(i), memory, rollout(2, tag))[1].reward for i in range(12)]
@@ -222,13 +226,13 @@ def test_replay_is_first_in_first_out():
 
 
 def test_replay_by_priority():
-    replay = cd.Replay(4, positive_reward)
+    replay = cd.replay.ReplayBuffer(4, positive_reward)
     memory = replay.init(rollout(2, 0))
     memory, _ = replay.update(jax.random.key(0), memory, rollout(2, -1))
     drawn = [replay.update(jax.random.key(i), memory, rollout(2, 5))[1].reward for i in range(20)]
     assert np.all(np.concatenate(drawn) == 5.0)  # paths without a positive reward are never drawn
     with pytest.raises(ValueError, match="capacity=1 must hold at least one batch of 2"):
-        cd.Replay(1).init(rollout(2, 0))
+        cd.replay.ReplayBuffer(1).init(rollout(2, 0))
 
 
 def test_sampled_times_leave_the_gradient_where_it_is():
@@ -237,8 +241,8 @@ def test_sampled_times_leave_the_gradient_where_it_is():
     t = jnp.linspace(0.0, 0.9, n)
     j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
     values = jnp.exp(t)[:, None] + 0.1 * jax.random.normal(jax.random.key(1), (n, batch))
-    columns = Rows(j, *[values] * 7, jnp.ones_like(values), values, values)
-    rows = cd.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
+    columns = Rows(j, values, jnp.ones_like(values), values, noise=values)
+    rows = cd.algorithms.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
     np.testing.assert_array_equal(
         rows.signal, values[rows.j, jnp.arange(batch)]
     )  # all columns of a row are of one (time, path)
@@ -251,7 +255,7 @@ def test_sampled_times_leave_the_gradient_where_it_is():
 def test_sampled_times_train_to_the_same_gradient():
     """An iteration on 20 of 100 times of every path moves the policy as one on all of them does."""
     moves = []
-    for times in (None, cd.TimeSampling(20, lambda t: 1 + t)):
+    for times in (None, cd.algorithms.TimeSampling(20, lambda t: 1 + t)):
         algorithm = cd.compose(objective(), Matching(value_gradient), EXACT, cd.Training(optax.sgd(1.0), 4096, times=times))
         state = algorithm.init(jnp.zeros(3))
         moves.append(np.asarray(algorithm.step(jax.random.key(0), state)[0].params))
@@ -284,15 +288,15 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
 
     (m, v), (m1, v1) = moments(tau), moments(end)
     exact_end = m1 + np.sqrt(v1 / v) * (x - m)  # the flow keeps quantiles
-    errors = [cd.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
+    errors = [cd.lookahead.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
     assert np.max(np.abs(errors[0])) < 0.12
     np.testing.assert_allclose(errors[0], 2 * errors[1], atol=0.1 * float(np.max(np.abs(errors[0]))))  # first order
     clean = cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.0, tau_max=2.0))
     clean = cd.Sampler(clean, control, (1,), grid=clean.grid(5))
-    one = cd.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
-    np.testing.assert_allclose(one, cd.posterior_mean(clean, None, t, x, score), atol=1e-5)
+    one = cd.lookahead.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
+    np.testing.assert_allclose(one, cd.lookahead.posterior_mean(clean, None, t, x, score), atol=1e-5)
     with pytest.raises(ValueError, match="steps=0"):
-        cd.few_step_ode(0)
+        cd.lookahead.few_step_ode(0)
 
 
 @pytest.mark.slow
@@ -307,11 +311,11 @@ def test_a_strangers_algorithm():
         return problem.reference_action(None, t, x) + net(params, t, x)
 
     sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 40, 1.5))
-    soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), optax.adam(5e-3), log_ratio_to_go, soft_error)
+    soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), log_ratio_to_go, soft_error)
     rate = optax.cosine_decay_schedule(6e-3, 25 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
-        cd.Training(optax.adam(rate), batch=256, minibatches=16), states=cd.Replay(512),
+        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(5e-3)), behaviour=cd.replay.ReplayBuffer(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 25):
@@ -328,15 +332,17 @@ REFUSALS = {
     "guess of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
     "no temperature": (lambda o: cd.log_variance(o, TRAINING), "kl_weight=0: the log-variance divides by it"),
     "soft value without a price": (
-        lambda o: cd.compose(o, Pathwise(1), cd.Critic(EXACT.value, optax.sgd(0.1), loss=soft_error), TRAINING),
+        lambda o: cd.compose(o, Pathwise(1), SOFT, TRAINING._replace(value=optax.sgd(0.1))),
         "kl_weight=0: the soft error of a value divides by it",
     ),
     "times of whole paths": (
-        lambda o: cd.log_variance(cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.TimeSampling(3))),
+        lambda o: cd.log_variance(
+            cd.Objective(o.sampler, o.reward, 1.0), TRAINING._replace(times=cd.algorithms.TimeSampling(3))
+        ),
         "LogVariance is trained on whole paths; use times=None",
     ),
     "no times": (
-        lambda o: cd.compose(o, Pathwise(1), EXACT, TRAINING._replace(times=cd.TimeSampling(0))),
+        lambda o: cd.compose(o, Pathwise(1), EXACT, TRAINING._replace(times=cd.algorithms.TimeSampling(0))),
         "times.number=0 must be at least 1",
     ),
     "paths do not divide": (
@@ -348,10 +354,11 @@ REFUSALS = {
         lambda o: cd.adjoint_matching(cd.Objective(o.sampler, o.reward, 1.0), TRAINING, horizon=0.0),
         "horizon=0.0 must",
     ),
-    "negative radius": (lambda o: cd.NaturalGradient(-1.0), "radius=-1.0 must be positive"),
+    "negative radius": (lambda o: cd.trust.NaturalGradient(-1.0), "radius=-1.0 must be positive"),
     "no steps": (lambda o: Pathwise(-1), "steps=-1 must be at least 0"),
 }
 TRAINING = cd.Training(optax.sgd(0.1), 8)
+SOFT = cd.Critic(cd.PlainValue(control, PROCESS.t0, PROCESS.t1), loss=soft_error)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -378,11 +385,11 @@ def test_stratified_minibatches_deal_out_groups_of_rows(minibatches):
     """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows."""
     training = cd.Training(optax.sgd(1.0), 4, minibatches=minibatches, stratified=True)
     algorithm = cd.compose(objective(5), Pathwise(1), EXACT, training)
-    rows = Rows(jnp.tile(jnp.arange(5), 4), *(jnp.arange(20.0)[:, None] for _ in Rows._fields[1:]))
+    rows = Rows(jnp.tile(jnp.arange(5), 4), jnp.arange(20.0)[:, None], jnp.ones(20))
     dealt = []
     for seed in range(40):
-        order = algorithm.programs.shuffle(jax.random.key(seed))
-        parts = [algorithm.programs.select(rows, order, i) for i in range(minibatches)]
+        order = algorithm.programs["shuffle"].run(jax.random.key(seed))
+        parts = [algorithm.programs["select"].run(rows, order, i) for i in range(minibatches)]
         x = np.stack([part.x[:, 0] for part in parts]).astype(int)  # [minibatches, rows of one]
         assert sorted(x.ravel()) == list(range(20))
         np.testing.assert_array_equal(x // minibatches, np.broadcast_to(np.arange(20 // minibatches), x.shape))

@@ -12,7 +12,6 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.groups import mean_within, same_condition, softmax_within, variance_within
-from ctrl_diffusion.parallel import ONE_DEVICE
 from ctrl_diffusion.rewards import evaluate, evaluate_parts
 from experiments.algorithm_registry import ALGORITHMS, Settings, value_for
 
@@ -175,7 +174,7 @@ def test_fixed_arrays_are_arguments_of_the_programs():
         _, _, algorithm = iterated(name, problem, 1)
         assert sum(v.size for v in jax.tree.leaves(algorithm.fixed)) == 2 * big.size
         phi = {"a": jnp.ones(()), "b": jnp.ones(KINDS)} if ALGORITHMS[name].learns_value else ()
-        for program in lower(algorithm, ONE_DEVICE, weights(0), phi).values():
+        for program in lower(algorithm, weights(0), phi).values():
             constants = re.findall(r"stablehlo\.constant dense<(?!_|\d|-|\[\d)[^>]*> : tensor<([\dx]+)x", program.as_text())
             assert not [shape for shape in constants if np.prod([int(n) for n in shape.split("x")]) > 1000], constants
 

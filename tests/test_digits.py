@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.rewards import RewardError
+from ctrl_diffusion.runs import Checkpoints
 from experiments.digits import experiment as digits
 from experiments.reward_registry import OF_DIGITS, Settings, compressed_bytes, holes, ink
-from experiments.rundir import Checkpoints
 from tests.tiny_runs import DIGITS
 
 TINY = digits.Config(**DIGITS, iterations=4)
@@ -295,9 +295,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
 def test_a_pre_training_that_diverges_is_an_error_that_says_where(tmp_path, capsys):
     small = ["--pretrain-steps", "20", "--pretrain-batch", "32", "--width", "16", "--depth", "1"]
     assert digits.main([*small, "--pretrain-learning-rate", "1e30", "--out", str(tmp_path / "run")]) == 1
-    assert re.search(
-        r"error: pre-training loss is (nan|inf) at step 20: lower --pretrain-learning-rate", capsys.readouterr().err
-    )
+    assert re.search(r"error: pre-training loss is (nan|inf) at step 20: lower learning_rate=1e", capsys.readouterr().err)
 
 
 def test_the_command_line_explains_itself_and_reports_errors(tmp_path):

@@ -13,13 +13,13 @@ import pytest
 from scipy import stats
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.runs import Evaluator
 from experiments.discretization import experiment as discretization
 from experiments.discretization.cells import Samplers
 from experiments.discretization.config import resolve
 from experiments.discretization.figures import best_rewards
 from experiments.discretization.summary import METHODS, summarise, table, verdict
 from experiments.distances import distances, energy_distance, make_target, noise_floor
-from experiments.evaluation import Evaluator
 from experiments.solver_registry import SOLVERS
 
 TINY = discretization.Config(
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_can_be_done_without(finished, tmp_pat
     for file in newest.rglob("*"):
         if file.is_file() and file.stat().st_size > 200:
             file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"finetune/{newest.name} cannot be read .* or pass --use-previous-checkpoint"):
+    with pytest.raises(ValueError, match=f"finetune/{newest.name} cannot be read .* or pass use_previous_checkpoint=True"):
         discretization.run(dataclasses.replace(TINY, out=run))
     again = discretization.run(dataclasses.replace(TINY, out=run, use_previous_checkpoint=True))
     assert again["cells"] == metrics["cells"]
@@ -192,8 +192,8 @@ def test_samples_on_a_padded_grid_are_those_of_the_sampler(name, eta):
         np.testing.assert_allclose(x, path.x[-1], rtol=2e-4, atol=2e-4)
         assert (kl is not None) == (choice.gaussian and eta > 0)
         if kl is not None:
-            a, a_ref = (cd.path_actions(gaussian_score, p, path) for p in (params, jnp.asarray(0.7)))
-            np.testing.assert_allclose(kl, jnp.sum(cd.step_kl(sampler.chain_scales(), a, a_ref), axis=0), rtol=2e-3)
+            a, a_ref = (cd.sampler.path_actions(gaussian_score, p, path) for p in (params, jnp.asarray(0.7)))
+            np.testing.assert_allclose(kl, jnp.sum(cd.sampler.step_kl(sampler.chain_scales(), a, a_ref), axis=0), rtol=2e-3)
 
 
 # -- statistics ---------------------------------------------------------------------------------------------------------------------

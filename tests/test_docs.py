@@ -113,7 +113,7 @@ def test_fifteen_lines_of_the_library(tmp_path, monkeypatch, capsys):
 
 
 LIBRARY_BLOCKS = [(page, i) for page in PAGES for i in range(len(blocks(page, "python")))]
-LIBRARY_BLOCKS = [(page, i) for page, i in LIBRARY_BLOCKS if page != README or i in (1, 2)]  # the others have their own tests
+LIBRARY_BLOCKS = [(page, i) for page, i in LIBRARY_BLOCKS if page != README or i in (2, 3)]  # the others have their own tests
 LIBRARY_BLOCKS = [(page, i) for page, i in LIBRARY_BLOCKS if page.name != "solvers.md"]  # fragments: see test_solvers_docs.py
 
 
@@ -125,7 +125,7 @@ def test_code_runs(page, index, workspace, monkeypatch):
 @pytest.mark.slow
 def test_your_own_reward_data_and_network(tmp_path, monkeypatch):
     *_, code = python = blocks(README, "python")
-    assert len(python) == 4
+    assert len(python) == 5
     names = execute(code, tmp_path, monkeypatch)
     assert np.isfinite(names["metrics"]["relative_gap"])
     load = next(span for span in spans(README) if "network=network" in span)
@@ -308,6 +308,6 @@ def test_logs_are_those_of_the_code(page):
 
 
 def test_versions_agree():
-    version = PROJECT["version"]
+    version = ctrl_diffusion.__version__
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

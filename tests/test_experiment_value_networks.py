@@ -11,7 +11,7 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.critics import MartingaleCritic, squared_error
-from ctrl_diffusion.objective import Rollout, Rows
+from ctrl_diffusion.rollout import Rollout, Rows
 from experiments.value_networks import experiment as value_networks
 from experiments.value_networks.cases import PROBLEMS, continuations, log_mean_exp, noised_paths
 from experiments.value_networks.report import relative_errors
@@ -104,7 +104,14 @@ def test_td_mixes_targets_of_one_two_and_three_steps(objective):
     3/2 / 2 + (4 - 3/4) / 4 + 25/4 / 4 = 25/8.
     """
     zeros = jnp.zeros((3, 1, 2))
-    rollout = Rollout(jnp.arange(4.0), jnp.zeros((4, 1, 2)), *[zeros] * 4, jnp.zeros((3, 1)), jnp.asarray([8.0]))
+    rollout = Rollout(
+        jnp.arange(4.0),
+        jnp.zeros((4, 1, 2)),
+        jnp.asarray([8.0]),
+        *[jnp.zeros((3, 1))] * 2,
+        x_hat=zeros,
+        r_hat=jnp.zeros((3, 1)),
+    )
     values = jnp.asarray([[1.0], [2.0], [4.0], [8.0]])
     monte_carlo = jnp.asarray([[6.25], [6.75], [7.0]])
 
@@ -123,7 +130,7 @@ def test_the_martingale_loss_is_an_integral_over_time(objective):
     value = cd.LookaheadValue(objective.sampler.process.t0, objective.sampler.process.t1)
     j, zeros = jnp.arange(3), jnp.zeros((3, 2))
     goal = jnp.asarray([1.0, -2.0, 3.0])
-    rows = Rows(j, *[zeros] * 6, r_hat=jnp.zeros(3), weight=jnp.ones(3), target=goal, signal=goal)
+    rows = Rows(j, zeros, weight=jnp.ones(3), x_hat=zeros, r_hat=jnp.zeros(3), target=goal)
     dt = np.diff(objective.sampler.times)
     assert float(MartingaleCritic(value).error((), objective, rows)) == pytest.approx(dt @ [1, 4, 9] / dt.sum(), rel=1e-5)
     assert float(cd.Critic(value).error((), objective, rows)) == pytest.approx(14 / 3)

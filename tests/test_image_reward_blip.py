@@ -20,8 +20,7 @@ from ctrl_diffusion.image_rewards import (
     load_image_reward,
 )
 from ctrl_diffusion.image_rewards.blip import IMAGE_REWARD
-from ctrl_diffusion.stable_diffusion import abstract_network, blocks
-from ctrl_diffusion.stable_diffusion.config import parse_config
+from ctrl_diffusion.pretrained import abstract_network, layers, parse_config, transformer
 from tests.image_reward_reference import (
     bert_tokenizer,
     image_reward,
@@ -96,8 +95,8 @@ def test_size_of_image_reward():
 
 
 def padding_is_seen(patch):
-    correct = blocks.Attention.__call__
-    patch.setattr(blocks.Attention, "__call__", lambda self, x, context, seen=None: correct(self, x, context))
+    correct = transformer.Attention.__call__
+    patch.setattr(transformer.Attention, "__call__", lambda self, x, context, seen=None: correct(self, x, context))
 
 
 def norms_before(patch):
@@ -105,7 +104,7 @@ def norms_before(patch):
         y = self.attention_norm(x)
         x = x + self.attention(y, y, seen)
         x = x + self.crossattention(self.crossattention_norm(x), image)
-        return x + self.output(blocks.erf_gelu(self.intermediate(self.output_norm(x))))
+        return x + self.output(layers.erf_gelu(self.intermediate(self.output_norm(x))))
 
     patch.setattr(blip_module.BERTLayer, "__call__", call)
 

@@ -29,7 +29,7 @@ from ctrl_diffusion.image_rewards import (
     load_hps,
     load_pickscore,
 )
-from ctrl_diffusion.stable_diffusion import abstract_network, blocks, clip_text
+from ctrl_diffusion.pretrained import abstract_network, clip as clip_module, layers, transformer
 from tests.image_reward_reference import CLIPS, clip, clip_folder, linear_layers, openai_names, processed, scores
 from tests.pictures import in_range, photographs
 from tests.stable_diffusion_reference import GATE, compiled, relative, tensor, torch
@@ -135,33 +135,31 @@ def test_sizes_of_the_published_networks():
 
 
 def exact_gelu_for_quick_gelu(patch):
-    patch.setitem(clip_text.ACTIVATIONS, "quick_gelu", blocks.erf_gelu)
+    patch.setitem(transformer.ACTIVATIONS, "quick_gelu", layers.erf_gelu)
 
 
 def layer_norm_eps(patch):
-    correct = blocks.Layers.layer_norm
-    patch.setattr(blocks.Layers, "layer_norm", lambda self, n, eps: correct(self, n, 1e-6))
+    correct = layers.Layers.layer_norm
+    patch.setattr(layers.Layers, "layer_norm", lambda self, n, eps: correct(self, n, 1e-6))
 
 
 def positions_without_the_class(patch):
-    correct = image_rewards.clip.PatchEmbeddings.__call__
+    correct = clip_module.PatchEmbeddings.__call__
 
     def call(self, pixels):
         return correct(self, pixels) - jnp.eye(1, 10)[0][:, None] * self.position_embedding(jnp.arange(1))
 
-    patch.setattr(image_rewards.clip.PatchEmbeddings, "__call__", call)
+    patch.setattr(clip_module.PatchEmbeddings, "__call__", call)
 
 
 def causal_vision(patch):
-    correct = clip_text.Encoder.__init__
-    patch.setattr(clip_text.Encoder, "__init__", lambda self, *a, causal=True: correct(self, *a, causal=True))
+    correct = transformer.Encoder.__init__
+    patch.setattr(transformer.Encoder, "__init__", lambda self, *a, causal=True: correct(self, *a, causal=True))
 
 
 def patches_by_columns(patch):
-    correct = image_rewards.clip.PatchEmbeddings.__call__
-    patch.setattr(
-        image_rewards.clip.PatchEmbeddings, "__call__", lambda self, pixels: correct(self, jnp.swapaxes(pixels, 1, 2))
-    )
+    correct = clip_module.PatchEmbeddings.__call__
+    patch.setattr(clip_module.PatchEmbeddings, "__call__", lambda self, pixels: correct(self, jnp.swapaxes(pixels, 1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_mistakes_go_past_the_gate(clips, mistake, monkeypatch):
 
 def heads(network):
     for _, module in nnx.iter_modules(network.vision_model):
-        if isinstance(module, blocks.Attention):
+        if isinstance(module, transformer.Attention):
             module.heads = 3
 
 

@@ -84,6 +84,49 @@ def test_the_library_does_not_know_experiments_or_tests():
             assert level <= depth, f"{where(path, line)} leaves ctrl_diffusion/ by a relative import"
 
 
+FAMILIES = {"stable_diffusion", "image_rewards"}
+
+
+def parts_imported(path: Path):
+    """`(line, part)` of every import of the library from within: `rewards` for `from ..rewards import Reward` in a subpackage."""
+    package = ("ctrl_diffusion", *path.relative_to(ROOT / "ctrl_diffusion").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            full = [(*base, *filter(None, (node.module or "").split(".")), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            full = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name[1]) for name in full if name[0] == "ctrl_diffusion" and len(name) > 1)
+
+
+def family_of(path: Path) -> str:
+    return path.relative_to(ROOT / "ctrl_diffusion").parts[0]
+
+
+def test_model_families_share_pretrained_and_not_each_other():
+    """`pretrained/` knows no family, a family no other, and the core none of them."""
+    for path in sources("ctrl_diffusion"):
+        here = family_of(path)
+        banned = FAMILIES - {here} if here in FAMILIES | {"pretrained"} else FAMILIES | {"pretrained"}
+        found = [f"{where(path, line)} imports {part}" for line, part in parts_imported(path) if part in banned]
+        assert found == [] or here == "__init__.py"
+
+
+def test_runs_are_the_top_floor_of_the_library():
+    """Nothing below knows of folders, loops or loggers: but for `ctrl_diffusion/__init__.py`, which names the package."""
+    runs = ROOT / "ctrl_diffusion" / "runs"
+    for path in sources("ctrl_diffusion"):
+        if runs in path.parents or path == ROOT / "ctrl_diffusion" / "__init__.py":
+            continue
+        package = path.relative_to(ROOT).parts[:-1]
+        for line, module, level in imports(path):
+            base = package[: len(package) - level + 1] if level else ()
+            absolute = ".".join((*base, module))
+            assert not (absolute + ".").startswith("ctrl_diffusion.runs."), f"{where(path, line)} imports {absolute}"
+
+
 def test_experiments_do_not_know_tests():
     assert offences("experiments", {"tests"}) == []
 
@@ -145,7 +188,7 @@ IMPORT_ALL = """
     assert not changed, f"importing ctrl_diffusion changed jax.config: {changed}"
 
     import sys
-    for name in ("torch", "experiments", "tests", "solvers"):
+    for name in ("torch", "tensorflow", "tensorboardX", "wandb", "matplotlib", "experiments", "tests", "solvers"):
         assert name not in sys.modules, f"importing ctrl_diffusion imported {name}"
 """
 

@@ -11,17 +11,15 @@ from flax import nnx
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.estimators import GradientBalance, LikelihoodRatio, Matching, Pathwise, WeightedLikelihood
-from ctrl_diffusion.parallel import Layout
+from ctrl_diffusion.runs import RunDirectory, finetune
 from ctrl_diffusion.values import LookaheadValue, NoValue
-from experiments.rundir import RunDirectory
-from experiments.training import finetune
 
 PROCESS = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
 SHAPE = (4, 4, 1)
 CONTROL, PARAMS = cd.score_control(cd.ResidualMLP(SHAPE, SHAPE, width=32, depth=1, rngs=nnx.Rngs(0)), PROCESS)
 F, PHI = cd.value_network(cd.ResidualMLP(SHAPE, (), width=8, depth=1, rngs=nnx.Rngs(1)))
 STEPS = (25, 100, 400)
-LEARNED = cd.Critic(cd.StructuredValue(F, PROCESS.t0, PROCESS.t1), optax.adam(1e-3))
+LEARNED = cd.Critic(cd.StructuredValue(F, PROCESS.t0, PROCESS.t1))
 RETURNS = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
 GUESS = cd.Critic(LookaheadValue(PROCESS.t0, PROCESS.t1))
 ONE_STEP = {
@@ -43,16 +41,18 @@ def objective(steps):
 
 def composed(name, steps, batch, **settings):
     estimator, critic = ONE_STEP[name]
-    return cd.compose(objective(steps), estimator, critic, cd.Training(optax.adam(1e-3), batch, **settings))
+    return cd.compose(
+        objective(steps), estimator, critic, cd.Training(optax.adam(1e-3), batch, value=optax.adam(1e-3), **settings)
+    )
 
 
 def compiled(algorithm):
-    return {name: v.compile() for name, v in cd.algorithms.lower(algorithm, Layout(), PARAMS, PHI).items()}
+    return {name: v.compile() for name, v in cd.algorithms.lower(algorithm, PARAMS, PHI).items()}
 
 
 def update_memory(algorithm) -> int:
     """Bytes of temporary memory of one update."""
-    return cd.algorithms.lower(algorithm, Layout(), PARAMS, PHI)["update"].compile().memory_analysis().temp_size_in_bytes
+    return cd.algorithms.lower(algorithm, PARAMS, PHI)["update"].compile().memory_analysis().temp_size_in_bytes
 
 
 def through_all_steps(steps, small_memory):
@@ -84,7 +84,7 @@ def test_the_adjoint_is_computed_for_a_part_of_the_paths_at_a_time():
     def memory(parts):
         training = cd.Training(optax.adam(1e-3), batch=512, rollouts=parts)
         chosen = cd.Objective(sampler, cd.differentiable(mean), kl_weight=1.0)
-        lowered = cd.algorithms.lower(cd.adjoint_matching(chosen, training), Layout(), params)
+        lowered = cd.algorithms.lower(cd.adjoint_matching(chosen, training), params)
         return lowered["prepare"].compile().memory_analysis().temp_size_in_bytes
 
     assert memory(4) < memory(1) / 2
@@ -96,9 +96,9 @@ def test_a_natural_gradient_takes_a_part_of_the_rows_at_a_time():
     sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))
 
     def memory(parts):
-        training = cd.Training(cd.NaturalGradient(0.1), batch=2048, accumulation=parts)
+        training = cd.Training(cd.trust.NaturalGradient(0.1), batch=2048, accumulation=parts)
         algorithm = cd.ddpo(cd.Objective(sampler, cd.differentiable(mean), kl_weight=0.0), training)
-        lowered = cd.algorithms.lower(algorithm, Layout(), params)
+        lowered = cd.algorithms.lower(algorithm, params)
         return lowered["finish"].compile().memory_analysis().temp_size_in_bytes
 
     assert memory(8) < memory(1) / 2
@@ -112,19 +112,14 @@ def test_parameters_and_memories_are_overwritten():
     """The compiled programs write their results where they found what these replace."""
     estimator, critic = ONE_STEP["pathwise"]
     training = cd.Training(optax.adam(1e-3), batch=8, average=0.99)
-    algorithm = cd.compose(objective(4), estimator, critic, training, states=cd.Replay(16))
+    algorithm = cd.compose(objective(4), estimator, critic, training, behaviour=cd.replay.ReplayBuffer(16))
     state, programs = algorithm.init(PARAMS, PHI), compiled(algorithm)
-    learned = (state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)
-    kept = {
-        "update": size(learned),
-        "remember": size(state.memory) - size(state.memory[0].t),
-        "finish": size((state.params, state.average)),
-    }
-    for name, replaced in kept.items():  # the times of a memory are those of the fresh paths
+    kept = {"update": size(state.learned), "remember": size(state.buffer) - size(state.buffer[0].t)}
+    for name, replaced in kept.items():  # the times of a buffer are those of the fresh paths
         assert "input_output_alias" in programs[name].as_text().splitlines()[0]
         assert programs[name].memory_analysis().alias_size_in_bytes == replaced, name
     new, _ = algorithm.step(jax.random.key(0), state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((learned, state.memory[0].x)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.learned, state.buffer[0].x)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
@@ -156,9 +151,9 @@ def test_every_program_is_compiled_once(name, scanned, tmp_path, compilations):
         run, algorithm, algorithm.init(PARAMS, PHI), jax.random.key(0), iterations=4, evaluate=evaluate,
         evaluate_every=1, checkpoint_every=2, kl_budget=None,
     )  # fmt: skip
-    sizes = {program: v._cache_size() for program, v in algorithm.programs._asdict().items()}
-    unused = {"select", "update"} if scanned else {"sweep"}
+    sizes = {program: v.run._cache_size() for program, v in algorithm.programs.items() if v.shapes is None}
+    unused = {"finish"} | ({"select", "update"} if scanned else {"sweep"})
     assert sizes == {program: int(program not in unused) for program in sizes}
-    ours = {name: count for name, count in compilations.items() if name.removeprefix("jit(")[:-1] in (*sizes, "judge")}
-    assert len(ours) == len(sizes) - len(unused) + 1 and set(ours.values()) == {1}
+    ours = {name: count for name, count in compilations.items() if name.removeprefix("jit(")[:-1] in sizes}
+    assert len(ours) == len(sizes) - len(unused) and set(ours.values()) == {1}
     assert seen[1:] == seen[1:2] * 3, seen  # nor anything else

@@ -48,9 +48,9 @@ def test_diversity_of_two_points():
     """At a distance of two bandwidths the kernel is `k = e^{-2}`, and the eigenvalues of half of it `(1 +- k) / 2`."""
     values = (1 + np.asarray([1, -1]) * np.exp(-2)) / 2
     expected = np.exp(-np.sum(values * np.log(values)))
-    assert cd.vendi_score(np.asarray([[0.0, 0.0], [0.6, 0.8]]), 0.5) == pytest.approx(expected)
-    assert cd.vendi_score(np.zeros((3, 2)), 0.5) == pytest.approx(1)
-    assert cd.vendi_score(np.eye(3), 1e-3) == pytest.approx(3)
-    assert cd.vendi_score(np.eye(3), 1e-3, np.asarray([0.5, 0.5, 0.0])) == pytest.approx(2)
+    assert cd.diversity.vendi_score(np.asarray([[0.0, 0.0], [0.6, 0.8]]), 0.5) == pytest.approx(expected)
+    assert cd.diversity.vendi_score(np.zeros((3, 2)), 0.5) == pytest.approx(1)
+    assert cd.diversity.vendi_score(np.eye(3), 1e-3) == pytest.approx(3)
+    assert cd.diversity.vendi_score(np.eye(3), 1e-3, np.asarray([0.5, 0.5, 0.0])) == pytest.approx(2)
     with pytest.raises(ValueError, match="bandwidth=0.0 must be positive"):
-        cd.vendi_score(np.eye(2), 0.0)
+        cd.diversity.vendi_score(np.eye(2), 0.0)

@@ -187,7 +187,7 @@ def test_digits_on_four_chips(plan, monkeypatch):
         assert metrics[name] > 0, name
     assert metrics["unknown_loops"] == 0
     weights = 64 * 256 + 256 * 256 + 3 * (256 * 256 + 256 * 512 + 256 * 256) + 256 * 64
-    assert metrics["programs"]["collect"]["flops"] == 24 * (256 // 4) * 2 * weights  # one evaluation per path and interval
+    assert metrics["programs"]["sample"]["flops"] == 24 * (256 // 4) * 2 * weights  # one evaluation per path and interval
     sums = [c for c in metrics["programs"]["update"]["collectives"] if c["bytes"] > 1024]
     size = metrics["parameter_bytes"] + metrics["value_parameter_bytes"]
     assert [(c["kind"], c["chips"], c["times"]) for c in sums] == [("all-reduce", 4, 1)]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ctrl_diffusion.runs.files import write_arrays, write_atomic
+from ctrl_diffusion.runs.images import mosaic
 from experiments.digits.report import main, write_report
 from experiments.digits.results import load_run, number
-from experiments.figures import mosaic, series
-from experiments.files import write_arrays, write_atomic
+from experiments.figures import series
 
 CONFIG = {"reward": "digit", "digit": 3, "kl_weight": 0.5, "eta": 1.0, "steps": 4, "iterations": 3, "kl_budget": None}
 METRICS = {

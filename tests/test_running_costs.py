@@ -23,6 +23,7 @@ from ctrl_diffusion.values import NoValue
 GRID, BATCH, DIM, NOISE, KL_WEIGHT = np.asarray([0.0, 0.1, 0.4, 0.6, 1.0]), 8, 2, 0.7, 0.4
 STEPS, DT = len(GRID) - 1, np.diff(GRID)
 KEY = jax.random.key(3)
+PATHS, *_, TIMES = jax.random.split(KEY, 5)  # as an iteration splits it
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ SGD = cd.Training(optax.sgd(1.0), BATCH)
 def iterated(algorithm, value_params=()):
     """The state after an iteration whose policy has left the reference, what it showed, and the paths it was made on."""
     state, info = algorithm.step(KEY, algorithm.init(weights(0), value_params)._replace(reference=weights(1)))
-    path = objective().sampler.trajectory(weights(0), cd.sample_keys(jax.random.split(KEY)[0], BATCH))
+    path = objective().sampler.trajectory(weights(0), cd.sample_keys(PATHS, BATCH))
     return state, info, path.x, path.noise
 
 
@@ -115,7 +116,7 @@ def test_pathwise_through_all_steps_is_the_gradient_of_the_objective():
 
 def test_a_discount_per_time_weighs_what_is_left_after_a_step():
     """One step into a reward at the end: windows from the last interval, of weight one, and from the first, `e^{-0.9 / 0.5}`."""
-    value = cd.Critic(cd.PlainValue(lambda params, t, x, cond=None: reward(x), 0.0, 1.0))
+    value = cd.Critic(cd.PlainValue(lambda params, t, x, cond=None: reward(x), 0.0, 1.0), frozen=True)
     state, _, x, noise = iterated(cd.compose(objective(0.0), Pathwise(1, credit=discount_per_time(0.5)), value, SGD))
 
     def loss(params):
@@ -186,7 +187,7 @@ def test_a_window_of_path_consistency_pays_its_own_costs():
     def value(params, t, x, cond=None):
         return params * jnp.cos(x[:, 0]) * jnp.broadcast_to(t, x.shape[:1])
 
-    critic = cd.Critic(cd.PlainValue(value, 0.0, 1.0))
+    critic = cd.Critic(cd.PlainValue(value, 0.0, 1.0), frozen=True)
     algorithm = cd.compose(objective(), PathConsistency(2), critic, SGD)
     state, info, x, _ = iterated(algorithm, jnp.asarray(0.5))
     values = [value(0.5, jnp.asarray(GRID[j]), x[j]) for j in range(STEPS)] + [reward(x[-1])]
@@ -206,13 +207,12 @@ def test_a_window_of_path_consistency_pays_its_own_costs():
 def test_a_ratio_with_a_mask_and_a_proximal_price():
     """The second of two steps, whose policy has moved: rows of which some have moved too far, each with its weight in time."""
     rate, proximal, far = 0.5, 0.3, 0.01
-    times = cd.TimeSampling(3, lambda t: 0.2 + t)
+    times = cd.algorithms.TimeSampling(3, lambda t: 0.2 + t)
     estimator = LikelihoodRatio(float("inf"), proximal=proximal, max_step_kl=far)
     problem, training = objective(), cd.Training(optax.sgd(rate), BATCH, epochs=2, times=times)
     state, info, x, _ = iterated(cd.compose(problem, estimator, no_critic(), training))
     density = (0.2 + GRID[:-1]) / np.sum(0.2 + GRID[:-1])
-    key = jax.random.fold_in(jax.random.split(KEY)[1], 2)
-    chosen = np.asarray(jax.random.choice(key, STEPS, (3, BATCH), p=jnp.asarray(density)))
+    chosen = np.asarray(jax.random.choice(TIMES, STEPS, (3, BATCH), p=jnp.asarray(density)))
     counts = np.stack([np.sum(chosen == j, axis=0) / (STEPS * density[j]) for j in range(STEPS)]) * STEPS / 3
     paid = costs(x) + KL_WEIGHT * jnp.stack([kl(weights(0), weights(1), j, x[j]) for j in range(STEPS)])
     masked = []
@@ -240,7 +240,7 @@ def test_a_ratio_with_a_mask_and_a_proximal_price():
 def test_a_trust_region_that_gives_way_halves_its_kl():
     """A proximal price that makes long steps worse: the KL is that of the radius (a hair inside), halved so many times."""
     radius = 0.05
-    region = cd.NaturalGradient(radius, damping=0.0)
+    region = cd.trust.NaturalGradient(radius, damping=0.0)
     estimator = LikelihoodRatio(float("inf"), proximal=30.0)
 
     def linear(params, t, x, cond=None):  # the KL is quadratic in the parameters

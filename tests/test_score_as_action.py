@@ -8,9 +8,7 @@ import optax
 import pytest
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.critics import kl_to_go, returns, soft_error
-from ctrl_diffusion.exact import GaussianQuadratic
-from ctrl_diffusion.objective import (
+from ctrl_diffusion.advantages import (
     advantages,
     clipped_surrogate,
     standardise_all,
@@ -18,6 +16,8 @@ from ctrl_diffusion.objective import (
     to_go,
     value_increments,
 )
+from ctrl_diffusion.critics import kl_to_go, returns, soft_error
+from ctrl_diffusion.exact import GaussianQuadratic
 from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.solvers import power
 from ctrl_diffusion.values import identity, one_minus
@@ -98,9 +98,9 @@ def continuous_gap(exact, control, params, steps=200, n=2048):
     def gap(params):
         sampler = cd.Sampler(exact.process, control, (1,), grid=exact.process.grid(steps))
         path = sampler.trajectory(params, cd.sample_keys(jax.random.key(5), n))
-        a = cd.path_actions(control, params, path)
-        best = cd.path_actions(exact.optimal_action, None, path)
-        return jnp.mean(jnp.sum(cd.step_kl(sampler.girsanov_scales(), a, best), axis=0))
+        a = cd.sampler.path_actions(control, params, path)
+        best = cd.sampler.path_actions(exact.optimal_action, None, path)
+        return jnp.mean(jnp.sum(cd.sampler.step_kl(sampler.girsanov_scales(), a, best), axis=0))
 
     return float(gap(params) / gap(jnp.zeros_like(params)))
 
@@ -133,10 +133,10 @@ def test_published_target_without_kl_to_go_has_another_fixed_point():
 
 
 EXPLORATIONS = {
-    "brownian": (1.0, cd.Brownian(), None),
-    "brownian-euler": (0.5, cd.Brownian(), dfx.Euler()),
-    "action-ode": (0.0, cd.ActionNoise(0.5, 2), dfx.Heun()),
-    "action-sde": (0.5, cd.ActionNoise(0.5, 1), dfx.Euler()),
+    "brownian": (1.0, cd.exploration.Brownian(), None),
+    "brownian-euler": (0.5, cd.exploration.Brownian(), dfx.Euler()),
+    "action-ode": (0.0, cd.exploration.ActionNoise(0.5, 2), dfx.Heun()),
+    "action-sde": (0.5, cd.exploration.ActionNoise(0.5, 1), dfx.Euler()),
 }
 
 
@@ -162,7 +162,7 @@ def test_action_noise_improves_a_deterministic_sampler():
     exact = problem(1.0)
     sampler = cd.Sampler(process, affine_control(exact)[0], (1,), grid=process.grid(10), solver=dfx.Heun())
     value, value_params = quadratic_value(process)
-    objective = cd.Objective(sampler, cd.differentiable(exact.reward), 0.1, exploration=cd.ActionNoise(0.5, 2))
+    objective = cd.Objective(sampler, cd.differentiable(exact.reward), 0.1, exploration=cd.exploration.ActionNoise(0.5, 2))
     algorithm = cd.score_as_action(objective, value, cd.Training(optax.adam(0.05), 512, 1, 4, optax.adam(0.05)))
     state = algorithm.init(jnp.zeros((KNOTS, 2)), value_params)
 

@@ -183,7 +183,7 @@ def test_sqdf():
     problem = objective(cd.conversions.sqdf_kl_weight(alpha, DIM))
     new, info = one_step(cd.sqdf(problem, SGD, gamma=gamma, capacity=BATCH))
     x, noise = recorded()
-    drawn = jax.random.choice(jax.random.fold_in(jax.random.split(KEY)[1], 1), BATCH, (BATCH,), p=jnp.full(BATCH, 1 / BATCH))
+    drawn = jax.random.choice(jax.random.split(KEY, 5)[3], BATCH, (BATCH,), p=jnp.full(BATCH, 1 / BATCH))
     x, noise = x[:, drawn], noise[:, drawn]
     chain, reference = Chain(), weights(1)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctrl_diffusion.stable_diffusion import chunked_attention, flash_attention, head_by_head
+from ctrl_diffusion.pretrained import chunked_attention, flash_attention, head_by_head
 from experiments.pod_plan.chips import COMPILERS, describe, parse_slice
 
 

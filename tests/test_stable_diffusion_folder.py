@@ -116,7 +116,7 @@ def test_saving_replaces_a_folder_as_a_whole(today, tmp_path, monkeypatch):
     network = load_network(UNet, today[1] / "unet")
     save_network(network, tmp_path / "unet")
     (tmp_path / "unet" / "stale.txt").write_text("from an older version")
-    monkeypatch.setattr("ctrl_diffusion.stable_diffusion.folder.save_parameters", lambda *_: 1 / 0)
+    monkeypatch.setattr("ctrl_diffusion.pretrained.network_folder.save_parameters", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_network(network, tmp_path / "unet")
     assert (tmp_path / "unet" / "stale.txt").exists() and len(list(tmp_path.iterdir())) == 1

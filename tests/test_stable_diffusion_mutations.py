@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ctrl_diffusion.pretrained import layers, resnet, transformer, vae as vae_module
 from ctrl_diffusion.stable_diffusion import (
     VAE,
     CLIPText,
     UNet,
     blocks,
-    clip_text,
     load_network,
-    names,
     unet as unet_module,
-    vae as vae_module,
 )
 from tests.stable_diffusion_reference import (
     GATE,
@@ -80,30 +78,30 @@ def tanh_gelu(patch):
 
 
 def exact_gelu_for_quick_gelu(patch):
-    patch.setitem(clip_text.ACTIVATIONS, "quick_gelu", blocks.erf_gelu)
+    patch.setitem(transformer.ACTIVATIONS, "quick_gelu", layers.erf_gelu)
 
 
 def group_norm_eps(patch):
     """1e-5 for 1e-6 in front of the transformers."""
-    correct = blocks.Layers.group_norm
-    patch.setattr(blocks.Layers, "group_norm", lambda self, n, groups, eps: correct(self, n, groups, 1e-5))
+    correct = layers.Layers.group_norm
+    patch.setattr(layers.Layers, "group_norm", lambda self, n, groups, eps: correct(self, n, groups, 1e-5))
 
 
 def layer_norm_eps(patch):
-    correct = blocks.Layers.layer_norm
-    patch.setattr(blocks.Layers, "layer_norm", lambda self, n, eps: correct(self, n, 1e-6))
+    correct = layers.Layers.layer_norm
+    patch.setattr(layers.Layers, "layer_norm", lambda self, n, eps: correct(self, n, 1e-6))
 
 
 def symmetric_padding(patch):
-    correct = blocks.Layers.conv
-    patch.setattr(blocks.Layers, "conv", lambda self, *a, padding=None, **options: correct(self, *a, **options))
+    correct = layers.Layers.conv
+    patch.setattr(layers.Layers, "conv", lambda self, *a, padding=None, **options: correct(self, *a, **options))
 
 
 def same_padding(patch):
     """What `SAME` means to XLA at a stride of 2: nothing on the left and on top."""
-    correct = blocks.Layers.conv
+    correct = layers.Layers.conv
     patch.setattr(
-        blocks.Layers,
+        layers.Layers,
         "conv",
         lambda self, n, m, size=3, stride=1, padding=None: correct(
             self, n, m, size, stride, (0, 1) if stride == 2 else padding
@@ -113,13 +111,13 @@ def same_padding(patch):
 
 def queries_for_keys(patch):
     swap = ((r"\bto_q\b", "to_x"), (r"\bto_k\b", "to_q"), (r"\bto_x\b", "to_k"))
-    patch.setattr(names, "VAE", names.VAE._replace(renamed=swap + names.VAE.renamed))
+    patch.setattr(vae_module, "NAMES", vae_module.NAMES._replace(renamed=swap + vae_module.NAMES.renamed))
 
 
 def halves_of_the_gate(patch):
     def swapped(self, x):
         gate, a = jnp.split(self.enter(x), 2, axis=-1)
-        return self.leave(a * blocks.erf_gelu(gate))
+        return self.leave(a * layers.erf_gelu(gate))
 
     patch.setattr(blocks.FeedForward, "__call__", swapped)
 
@@ -136,8 +134,8 @@ def time_without_silu(patch):
     def call(self, h, time=None):
         return correct(self, h, None if time is None else time * (1 + jnp.exp(-time)))  # silu of which is about time
 
-    correct = blocks.ResNetBlock.__call__
-    patch.setattr(blocks.ResNetBlock, "__call__", call)
+    correct = resnet.ResNetBlock.__call__
+    patch.setattr(resnet.ResNetBlock, "__call__", call)
 
 
 # --- mistakes in the network: changes made after loading
@@ -165,23 +163,23 @@ def configured(**changes):
 
 
 def another_number_of_heads(network):
-    for module in modules(network, blocks.Attention):
+    for module in modules(network, transformer.Attention):
         module.heads = 2 if module.heads == 4 else 1 if module.heads == 3 else 2
 
 
 def attention_without_scale(network):
-    for module in modules(network, blocks.Attention):
+    for module in modules(network, transformer.Attention):
         module.attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
 
 
 def swapped_queries_and_keys(network):
-    for module in modules(network, blocks.Attention):
+    for module in modules(network, transformer.Attention):
         if module.to_q.kernel.shape == module.to_k.kernel.shape:
             module.to_q, module.to_k = module.to_k, module.to_q
 
 
 def attention_that_sees_the_future(network):
-    for module in modules(network, blocks.Attention):
+    for module in modules(network, transformer.Attention):
         module.causal = False
 
 

@@ -166,7 +166,7 @@ def test_algorithms_apply(tiny, train):
         chosen = dataclasses.replace(config, algorithm=name, kl_weight=0.1, minibatches=1, value="structured")
         sampler = make_sampler(chosen, parts, steps=2, eta=1.0)
         algorithm, value_params = make_algorithm(chosen, parts, sampler, ONE_DEVICE)
-        lower(algorithm, ONE_DEVICE, parts.params, value_params)
+        lower(algorithm, parts.params, value_params)
     trained = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
     rest = sum(leaf.size for leaf in jax.tree.leaves(parts.base))
     assert (trained < rest / 10) if train == "lora" else rest == 0
@@ -181,7 +181,7 @@ def test_a_plan_has_the_shapes_of_a_run(tiny):
     make, params, value_params = text_to_image_programs(config, "tiny")
     algorithm = make(ONE_DEVICE, 4)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(algorithm.fixed))
-    programs = lower(algorithm, ONE_DEVICE, params, value_params)
+    programs = lower(algorithm, params, value_params)
     assert "join" in programs
     fixed = sum(leaf.size for leaf in jax.tree.leaves((planned.base, planned.contexts, planned.empty)))
     given = jax.tree.leaves(programs["collect"].in_avals)

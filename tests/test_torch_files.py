@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ctrl_diffusion.image_rewards import read_torch_file
+from ctrl_diffusion.pretrained import read_torch_file
 
 torch = pytest.importorskip("torch", reason="files written by torch: pip install 'ctrl-diffusion[torch]'")
 

@@ -19,11 +19,12 @@ from .presets import (
     vard as vard,
     vidd as vidd,
 )
-from .programs import lower as lower
+from .programs import lower as lower, timed as timed
 from .training import (
+    AdaptiveKL as AdaptiveKL,
     Algorithm as Algorithm,
     Info as Info,
-    Programs as Programs,
+    Learned as Learned,
     State as State,
     TimeSampling as TimeSampling,
     Training as Training,

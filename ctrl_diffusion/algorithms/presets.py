@@ -4,6 +4,7 @@ Everything is a call of `compose`; read a preset as the definition of the algori
 sum log-densities and KL over state dimensions, and price the path KL in nats (`conversions` translates published constants).
 """
 
+from ..advantages import Clip, centre, standardise_per_time
 from ..critics import Critic, Target, ValueLoss, kl_to_go, log_ratio_to_go, returns, soft_error, squared_error
 from ..estimators import (
     GradientBalance,
@@ -21,8 +22,8 @@ from ..estimators import (
     late,
 )
 from ..estimators.likelihood_ratio import Normalise
-from ..objective import Clip, Objective, centre, standardise_per_time
-from ..states import Reference, Replay
+from ..objective import Objective
+from ..replay import Reference, ReplayBuffer
 from ..values import AbstractValue, LookaheadValue, NoValue
 from .compose import compose
 from .training import Algorithm, Training
@@ -68,7 +69,7 @@ def score_as_action(
         ```
     """
     estimator = LikelihoodRatio(horizon, clip, normalise, max_advantage, kl_to_go=target is not returns)
-    critic = Critic(value, training.value, target)
+    critic = Critic(value, target)
     return compose(objective, estimator, critic, training, denoise_with_policy=denoise_with_policy)
 
 
@@ -131,6 +132,7 @@ def vard(
     target: Target = returns,
     loss: ValueLoss = squared_error,
     steps: int = 1,
+    frozen: bool = False,
 ) -> Algorithm:
     r"""VARD: a learned value of intermediate states, and the gradient through one step of the sampler into it.
 
@@ -138,7 +140,7 @@ def vard(
     `E[-V(t', x'(theta)) + lambda kl]` over steps from on-policy states. What the paper leaves open is an argument: the `target` and
     `loss` (`returns`, `squared_error`: the arithmetic mean, whose fixed point is not J's maximiser; `log_ratio_to_go`,
     `soft_error`: the soft value, whose fixed point is), the number of `steps`, whether the value sees the noisy or the denoised state
-    (`PlainValue`, `StructuredValue(denoised=...)`), frozen (`Training(value=None)`) or refreshed. A black-box reward needs `PlainValue`.
+    (`PlainValue`, `StructuredValue(denoised=...)`), `frozen` or refreshed. A black-box reward needs `PlainValue`.
 
     ??? cite "Reference"
         ```bibtex
@@ -146,7 +148,7 @@ def vard(
           author={Dai, Fengyuan and Li, Zifeng and others}, journal={arXiv:2505.15791}, year={2025}}
         ```
     """
-    return compose(objective, Pathwise(steps), Critic(value, training.value, target, loss), training)
+    return compose(objective, Pathwise(steps), Critic(value, target, loss, frozen=frozen), training)
 
 
 def soft_vard(objective: Objective, value: AbstractValue, training: Training) -> Algorithm:
@@ -168,9 +170,9 @@ def sqdf(objective: Objective, training: Training, *, gamma: float = 0.9, capaci
           author={Kang, Hyeongyu and others}, journal={arXiv:2512.04559}, year={2025}}
         ```
     """
-    states = Replay(8 * training.batch if capacity is None else capacity)
+    buffer = ReplayBuffer(8 * training.batch if capacity is None else capacity)
     return compose(
-        objective, Pathwise(1, credit=discount_per_step(gamma)), lookahead_critic(objective), training, states=states
+        objective, Pathwise(1, credit=discount_per_step(gamma)), lookahead_critic(objective), training, behaviour=buffer
     )
 
 
@@ -251,7 +253,7 @@ def rwr(objective: Objective, training: Training) -> Algorithm:
         ```
     """
     estimator = WeightedLikelihood(exponential_return)
-    return compose(objective, estimator, no_critic(objective), training, states=Reference())
+    return compose(objective, estimator, no_critic(objective), training, behaviour=Reference())
 
 
 def vidd(objective: Objective, training: Training) -> Algorithm:
@@ -267,7 +269,7 @@ def vidd(objective: Objective, training: Training) -> Algorithm:
         ```
     """
     estimator = WeightedLikelihood(exponential_increment)
-    return compose(objective, estimator, lookahead_critic(objective), training, states=Reference())
+    return compose(objective, estimator, lookahead_critic(objective), training, behaviour=Reference())
 
 
 def log_variance(objective: Objective, training: Training) -> Algorithm:
@@ -297,7 +299,7 @@ def path_consistency(objective: Objective, value: AbstractValue, training: Train
           author={Nachum, Ofir and Norouzi, Mohammad and Xu, Kelvin and Schuurmans, Dale}, booktitle={NeurIPS}, year={2017}}
         ```
     """
-    return compose(objective, PathConsistency(span), Critic(value, training.value, log_ratio_to_go), training)
+    return compose(objective, PathConsistency(span), Critic(value, log_ratio_to_go), training)
 
 
 def nabla_db(objective: Objective, value: AbstractValue, training: Training) -> Algorithm:
@@ -313,7 +315,7 @@ def nabla_db(objective: Objective, value: AbstractValue, training: Training) -> 
           eprint={2412.07775}}
         ```
     """
-    return compose(objective, GradientBalance(), Critic(value, training.value, log_ratio_to_go), training)
+    return compose(objective, GradientBalance(), Critic(value, log_ratio_to_go), training)
 
 
 def no_critic(objective: Objective) -> Critic:

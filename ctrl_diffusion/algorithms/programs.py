@@ -1,72 +1,153 @@
-"""The programs of an iteration, lowered to be looked at: memory, collectives and operations, on devices that need not be here."""
+"""The programs of an iteration, and three ways to call them: run them, lower them to be looked at, or time them."""
 
-from functools import partial
-from typing import Any
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
-from ..estimators import Models
-from ..objective import Rollout
-from ..parallel import Layout
+from ..parallel import PARAMETERS, WHOLE, Layout
 from ..process import Params
-from ..states import memory_shardings
+from ..rollout import AXES
+from ..sampler import Trajectory
+from . import assemble, collect, update
+from .collect import Annotated
+from .iteration import iterate
+from .recipe import Recipe
 from .training import Algorithm, State
 
 
-def lower(algorithm: Algorithm, layout: Layout, params: Params, value_params: Params = ()) -> dict[str, Lowered]:
-    """Every program of an iteration, lowered for arguments of the shapes and shardings that it has in `algorithm.step`.
+class Program(NamedTuple):
+    """A compiled function of an iteration, or one that runs on the host.
 
-    Args:
-        algorithm: composed with `layout`, whose mesh may be of devices that are described only (a TPU topology).
-        layout: where the arrays are.
-        params, value_params: as for `algorithm.init`, arrays or `jax.ShapeDtypeStruct`s.
+    Attributes:
+        run: `run(*arguments) -> results`.
+        axes: for every array of the results, the axis that counts samples, `PARAMETERS` or `WHOLE`; a prefix of their tree.
+        shapes: what stands for `run` where arguments are shapes; `None` for a compiled function, which JAX can evaluate on shapes.
+        donated: positions of arguments whose memory the results take over.
     """
-    programs = algorithm.programs
 
-    def placed(tree: Any, shardings) -> Any:
-        if layout.mesh is None:
-            return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), tree)
-        return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings(tree))
+    run: Callable[..., Any]
+    axes: Any
+    shapes: Callable[..., Any] | None = None
+    donated: tuple[int, ...] = ()
 
-    found: dict[str, Lowered] = {}
 
-    def call(name: str, *args: Any) -> Any:
-        found[name] = getattr(programs, name).lower(*args)
-        return jax.eval_shape(getattr(programs, name), *args)
+def make_programs(recipe: Recipe) -> dict[str, Program]:
+    """The programs of an iteration by name."""
+    layout = recipe.layout
 
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), layout.replicated)
-    state: State = jax.eval_shape(algorithm.init, params, value_params)
-    memory = placed(state.memory, partial(memory_shardings, layout))
-    params, reference, value_params, opt, value_opt, _, average = (placed(v, layout.parameters) for v in state)
-    models = Models(reference, value_params)
+    def program(function: Callable[..., Any], axes: Any, *donated: int) -> Program:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            return layout.constrain(function(recipe, *arguments), functools.partial(layout.shardings, axes))
 
-    def rollout(v: Rollout) -> Rollout:
-        return placed(v, partial(memory_shardings, layout))
+        return Program(jax.jit(run, donate_argnums=donated), axes, donated=donated)
 
-    fixed = placed(algorithm.fixed, layout.parameters)
-    cond = placed(call("draw", key), layout.batch)
-    path, ends, of_part = call("collect", fixed, key, params, cond, jax.ShapeDtypeStruct((), jnp.int32))
-    path = path._replace(
-        t=placed(path.t, layout.replicated),
-        **{name: placed(getattr(path, name), partial(layout.batch, axis=1)) for name in ("x", "noise")},
-    )
-    of_part = placed(of_part, layout.batch)
-    a_old, a_ref, x_hat, _ = call("annotate", fixed, params, reference, path, of_part)
-    size, n = ends.shape[0], a_old.shape[0]
-    r, r_hat = jax.ShapeDtypeStruct((size,), ends.dtype), jax.ShapeDtypeStruct((n, size), ends.dtype)
-    fresh = rollout(Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, r, of_part))  # pyright: ignore[reportArgumentType]
-    if algorithm.rollouts > 1:
-        fresh = rollout(call("join", [fresh] * algorithm.rollouts, [{}] * algorithm.rollouts)[0])
-    _, trained_on = call("remember", key, memory, fresh)
-    rows, _ = call("prepare", fixed, key, models, rollout(trained_on))
-    rows, order = placed(rows, layout.batch), placed(jax.eval_shape(programs.shuffle, key), partial(layout.batch, axis=1))
-    learned = (params, value_params, opt, value_opt, average)
-    if algorithm.scan_minibatches:
-        call("sweep", learned, fixed, reference, rows, order)
-    else:
-        some = placed(call("select", rows, order, jax.ShapeDtypeStruct((), jnp.int32)), layout.batch)
-        call("update", learned, fixed, reference, some)
-    call("finish", (params, average), fixed, models, rows)
+    path = Trajectory(WHOLE, 1, 1)  # pyright: ignore[reportArgumentType]
+    waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]
+    on_host = (functools.partial(f, recipe) for f in (collect.reward, collect.reward_shapes))
+    return {
+        "split": program(collect.split, WHOLE),
+        "draw": program(collect.draw, 0),
+        "sample": program(collect.sample, (path, 0)),
+        "annotate": program(collect.annotate, waiting),
+        "reward": Program(next(on_host), (AXES, 0), shapes=next(on_host)),
+        "join": program(collect.join, (AXES, 0)),
+        "summarise": program(update.summarise, (WHOLE, 0, WHOLE)),
+        "remember": program(collect.remember, (recipe.behaviour.axes, AXES), 1),
+        "prepare": program(assemble.prepare, (0, WHOLE)),
+        "shuffle": program(assemble.shuffle, 1),
+        "select": program(assemble.select, 0),
+        "update": program(update.update, (PARAMETERS, WHOLE), 0),
+        "sweep": program(update.sweep, (PARAMETERS, WHOLE), 0),
+        "finish": program(update.finish, (PARAMETERS, WHOLE), 0),
+    }
+
+
+def state_axes(recipe: Recipe) -> State:
+    """How a `State` is divided."""
+    return State(PARAMETERS, PARAMETERS, recipe.behaviour.axes, WHOLE)  # pyright: ignore[reportArgumentType]
+
+
+def running(programs: dict[str, Program], layout: Layout) -> Callable[..., Any]:
+    """The call that runs programs."""
+    return lambda name, *arguments: layout.paced(programs[name].run(*arguments))
+
+
+class LoweredProgram(NamedTuple):
+    """A program as the compiler is given it, and how often an iteration calls it."""
+
+    lowered: Lowered
+    calls: int
+
+    def as_text(self) -> str:
+        """The program as the compiler is given it."""
+        return self.lowered.as_text()
+
+    def compile(self, options: Any = None) -> Compiled:
+        """The compiled program."""
+        return self.lowered.compile(options)
+
+
+def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> dict[str, LoweredProgram]:
+    """Every compiled program that an iteration calls, lowered for the arguments that it has in `algorithm.step`.
+
+    The devices of `Training.layout` may be described only (a TPU topology), and the parameters, as for `algorithm.init`, be shapes.
+    """
+    recipe, layout = algorithm.recipe, algorithm.recipe.layout
+    state = layout.described(state_axes(recipe), jax.eval_shape(algorithm.init, params, value_params))
+    key = layout.described(WHOLE, jax.eval_shape(lambda: jax.random.key(0)))
+    fixed = layout.described(PARAMETERS, algorithm.fixed)
+    lowered: dict[str, Lowered] = {}
+    results: dict[str, Any] = {}
+    calls: dict[str, int] = {}
+
+    def call(name: str, *arguments: Any) -> Any:
+        program = algorithm.programs[name]
+        calls[name] = calls.get(name, 0) + 1
+        if name not in results:
+            if program.shapes is None:
+                lowered[name] = program.run.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
+            results[name] = layout.described(program.axes, jax.eval_shape(program.shapes or program.run, *arguments))
+        return results[name]
+
+    iterate(call, recipe, fixed, key, state)
+    return {name: LoweredProgram(found, calls[name]) for name, found in lowered.items()}
+
+
+class Timed(NamedTuple):
+    """The first call of a program: its arguments, its results, and the seconds of every call until the results were there."""
+
+    arguments: tuple[Any, ...]
+    results: Any
+    seconds: list[float]
+
+
+def timed(algorithm: Algorithm, key: Any, state: State) -> dict[str, Timed]:
+    """Every program that an iteration calls, with how long it took; run an iteration before, so that none is compiled here.
+
+    Donated arguments are recorded as copies.
+    """
+    found: dict[str, Timed] = {}
+
+    def call(name: str, *arguments: Any) -> Any:
+        program = algorithm.programs[name]
+        kept = () if name in found else tuple(_copied(v) if i in program.donated else v for i, v in enumerate(arguments))
+        begin = time.perf_counter()
+        results = jax.block_until_ready(program.run(*arguments))
+        seconds = time.perf_counter() - begin
+        if name not in found:
+            found[name] = Timed(kept, results, [])
+        found[name].seconds.append(seconds)
+        return results
+
+    iterate(call, algorithm.recipe, algorithm.fixed, key, state)
     return found
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

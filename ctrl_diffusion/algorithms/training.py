@@ -9,22 +9,55 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from ..estimators import Calls
-from ..objective import Rows
 from ..parallel import ONE_DEVICE, Layout
 from ..process import Cond, Params
+from ..rollout import Rows
+from ..summaries import summary
 from ..trust import AbstractTrustRegion
 
 
-class State(NamedTuple):
-    """Everything a resume needs."""
+class Learned(NamedTuple):
+    """What updates change: parameters of policy and value, the states of their optimisers, and a running average of the policy's."""
 
     params: Params
-    reference: Params
     value_params: Params
     optimizer: Any
     value_optimizer: Any
-    memory: Any = ()
     average: Params = ()
+
+
+class State(NamedTuple):
+    """Everything a resume needs.
+
+    Attributes:
+        learned: what updates change.
+        reference: parameters of the reference.
+        buffer: paths of earlier iterations, for a replay buffer.
+        kl_weight: the temperature lambda, reward units per nat of path KL.
+    """
+
+    learned: Learned
+    reference: Params
+    buffer: Any
+    kl_weight: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+    @property
+    def params(self) -> Params:
+        """Parameters of the policy."""
+        return self.learned.params
+
+    @property
+    def value_params(self) -> Params:
+        """Parameters of the value."""
+        return self.learned.value_params
+
+    @property
+    def average(self) -> Params:
+        """The running average of the policy's parameters; `()` where none is kept."""
+        return self.learned.average
 
 
 class Info(NamedTuple):
@@ -58,6 +91,44 @@ class TimeSampling(NamedTuple):
         return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
 
 
+class AdaptiveKL(NamedTuple):
+    r"""The temperature follows a target path KL: `lambda <- lambda (1 + rate clip(KL / target - 1, -bound, bound))`.
+
+    After every iteration, `KL` being the mean path KL of its paths to the reference. Ziegler et al. 2019, section 2.2, where `rate` is
+    0.1 and `bound` 0.2. The objective changes with the temperature: compare results at the temperature that a run ends with,
+    `State.kl_weight`.
+
+    Attributes:
+        target: path KL, nats.
+        rate: relative change per iteration and unit of relative error.
+        bound: of the relative error.
+
+    ??? cite "Reference"
+        ```bibtex
+        @article{ziegler2019finetuning, title={Fine-Tuning Language Models from Human Preferences}, author={Ziegler, Daniel M. and
+          Stiennon, Nisan and Wu, Jeffrey and Brown, Tom B. and Radford, Alec and Amodei, Dario and Christiano, Paul and Irving,
+          Geoffrey}, journal={arXiv:1909.08593}, year={2019}}
+        ```
+    """
+
+    target: float
+    rate: float = 0.1
+    bound: float = 0.2
+
+    def __call__(self, kl_weight: Float[Array, ""], path_kl: Float[Array, ""]) -> Float[Array, ""]:
+        """The temperature after an iteration whose paths had this path KL."""
+        error = jnp.clip(path_kl / self.target - 1, -self.bound, self.bound)
+        return kl_weight * (1 + self.rate * error)
+
+    def check(self) -> None:
+        """`ValueError` for numbers that cannot work."""
+        if not (0 < self.target < float("inf") and self.rate > 0 and self.bound > 0 and self.rate * self.bound < 1):
+            raise ValueError(
+                f"kl_target={self}: target is a path KL in nats and must be positive and finite; rate and bound must be positive, and "
+                "their product below 1, so that the temperature stays positive."
+            )
+
+
 class Training(NamedTuple):
     """How much data an iteration has and how it is used; global numbers.
 
@@ -80,6 +151,8 @@ class Training(NamedTuple):
         scan_minibatches: a pass is one program, a loop over its minibatches, not two per minibatch; the same numbers up to
             rounding. Temporary memory is then asked for once a pass: a small U-Net's update takes 0.79 of the time on CPUs. But a
             network whose convolutions are not `ctrl_diffusion.convolution` becomes ten times slower there.
+        kl_target: the temperature follows a target path KL from iteration to iteration, starting from `Objective.kl_weight`; `None`:
+            it stays.
     """
 
     policy: optax.GradientTransformation | AbstractTrustRegion
@@ -94,26 +167,7 @@ class Training(NamedTuple):
     average: float | None = None
     stratified: bool = False
     scan_minibatches: bool = False
-
-
-class Programs(NamedTuple):
-    """The compiled programs of an iteration (see `programs.lower`).
-
-    `collect` and `annotate` run once for each of `rollouts` parts, which `join` joins if there are several; `select` and `update` run
-    once per minibatch, or `sweep` once per pass where minibatches are scanned.
-    """
-
-    draw: Any
-    collect: Any
-    annotate: Any
-    join: Any
-    remember: Any
-    prepare: Any
-    shuffle: Any
-    select: Any
-    update: Any
-    sweep: Any
-    finish: Any
+    kl_target: AdaptiveKL | None = None
 
 
 class Algorithm(NamedTuple):
@@ -124,12 +178,17 @@ class Algorithm(NamedTuple):
 
     init: Callable[..., State]
     step: Callable[[Key[Array, ""], State], tuple[State, Info]]
-    calls: Calls
-    """What one iteration evaluates, in samples (a value network not counted)."""
-    programs: Programs
     fixed: Any
-    """The arrays that control and reward hold, which nothing changes: the first argument of programs that need them."""
-    rollouts: int = 1
-    """Parts that the paths of an iteration are sampled in."""
-    scan_minibatches: bool = False
-    """Whether a pass is one program."""
+    """The arrays that control and reward hold, which nothing changes: arguments of the programs that need them."""
+    recipe: Any
+    """What it is composed of, an `algorithms.Recipe`."""
+    programs: dict[str, Any]
+    """The programs of an iteration by name, each a `programs.Program`."""
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+    @property
+    def calls(self) -> Calls:
+        """What one iteration evaluates, in samples (a value network not counted)."""
+        return self.recipe.calls()

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from ..critics import Critic
-from ..objective import Objective, Rollout, Rows
+from ..objective import Objective
 from ..process import Params
+from ..rollout import EVERY_FIELD, Fields, Rollout, Rows
 
 if TYPE_CHECKING:  # to a type checker, a field without a default would have to come first
     from typing import ClassVar as AbstractVar
@@ -43,8 +43,12 @@ class AbstractEstimator(eqx.Module):
 
     @property
     def is_mean(self) -> bool:
-        """Whether the loss is a mean over rows, so that it may be worked through in parts."""
+        """Whether the loss is a mean over rows; else it is a `statistic` of one `residual` per row."""
         return True
+
+    def fields(self, objective: Objective) -> Fields:
+        """The state-sized fields that `signal` reads of whole paths, and `loss` and `value_error` of rows (all, unless said otherwise)."""
+        return EVERY_FIELD
 
     @property
     def signal_is_of_paths(self) -> bool:
@@ -60,9 +64,9 @@ class AbstractEstimator(eqx.Module):
 
     def signal(
         self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values: Float[Array, "K b"]
-    ) -> Float[Array, "s b ..."]:
-        """What is computed once per iteration from whole paths, for the intervals `starts`; zeros where nothing is."""
-        return jnp.zeros((len(self.starts(objective)), values.shape[1]), values.dtype)
+    ) -> Float[Array, "s b ..."] | None:
+        """What is computed once per iteration from whole paths, for the intervals `starts`; `None` where nothing is."""
+        return None
 
     def signal_calls(self, critic: Critic) -> Calls:
         """What `signal` calls, per recorded state."""
@@ -73,10 +77,25 @@ class AbstractEstimator(eqx.Module):
         return Calls(gradient=objective.intervals if self.whole_paths else 1)
 
     def value_error(
-        self, objective: Objective, critic: Critic, value_params: Params, params: Params, reference: Params, rows: Rows
+        self,
+        objective: Objective,
+        critic: Critic,
+        value_params: Params,
+        params: Params,
+        reference: Params,
+        rows: Rows,
+        largest: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
-        """Loss of the value on the same rows: the critic's regression, unless the estimator has its own."""
-        return critic.error(value_params, objective, per_path(rows)[0] if self.whole_paths else rows)
+        """Loss of the value on the same rows: the critic's regression, unless the estimator has its own (`largest`: see `Critic`)."""
+        return critic.error(value_params, objective, per_path(rows)[0] if self.whole_paths else rows, largest)
+
+    def residual(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows) -> Float[Array, " m"]:
+        """One number per row that a loss which is not a mean is a `statistic` of."""
+        raise TypeError(f"the loss of {type(self).__name__} is a mean over rows: it has no residuals.")
+
+    def statistic(self, objective: Objective, residual: Float[Array, " m"], rows: Rows) -> tuple[Float[Array, ""], Metrics]:
+        """The loss as a function of all residuals of a minibatch."""
+        raise TypeError(f"the loss of {type(self).__name__} is a mean over rows: it has no statistic.")
 
     @abc.abstractmethod
     def loss(
@@ -97,7 +116,7 @@ def require_differentiable(objective: Objective, name: str) -> None:
 
 def require_price(objective: Objective, name: str) -> None:
     """Raise if an estimator that divides by the temperature has none."""
-    if not objective.kl_weight > 0:
+    if not objective.priced:
         raise ValueError(f"kl_weight={objective.kl_weight:g}: {name} divides by it and needs a positive temperature.")
 
 

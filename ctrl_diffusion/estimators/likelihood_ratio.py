@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..advantages import Clip, advantages, both_sides, clipped_surrogate, value_increments
 from ..critics import Critic
 from ..exploration import shift
 from ..groups import same_condition, softmax_within
-from ..objective import Clip, Objective, Rollout, Rows, advantages, both_sides, clipped_surrogate, value_increments
+from ..objective import Objective
 from ..process import Params
+from ..rollout import Fields, Rollout, Rows
 from ..sampler import log_ratio
 from .base import AbstractEstimator, Metrics, Models, require_price
 
@@ -29,9 +31,9 @@ class LikelihoodRatio(AbstractEstimator):
     r"""`sum_j E[min(rho_j A_j, clip(rho_j) A_j)] - lambda sum_j E[price_j]`, `A_j` from value increments.
 
     Args:
-        horizon: decay time of the advantages, control time (`objective.advantages`): 0 single increments, `inf` returns.
+        horizon: decay time of the advantages, control time (`advantages.advantages`): 0 single increments, `inf` returns.
         clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017), or to `[1 - below, 1 + above]` with a pair; `inf` is no clipping.
-        normalise: a function of the advantages `[n, b]` (`objective.centre`, `standardise_per_time`, ...), or `None`. Dividing
+        normalise: a function of the advantages `[n, b]` (`advantages.centre`, `standardise_per_time`, ...), or `None`. Dividing
             them changes the price relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
         max_advantage: clamp of their magnitude after normalisation.
         kl_to_go: whether increments pay the KL of their interval, as J does.
@@ -60,11 +62,14 @@ class LikelihoodRatio(AbstractEstimator):
             if not np.all(np.asarray(getattr(self, name)) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: {remedy}.")
 
+    def fields(self, objective: Objective) -> Fields:
+        return Fields(rows=frozenset({"noise", "a_old"} | ({"a_ref"} if objective.priced else set())))
+
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Advantages, after normalisation and clamp."""
         paid = objective.costs(rollout)
         if self.kl_to_go:
-            paid = paid + objective.kl_weight * objective.step_prices(rollout)
+            paid = paid + objective.kl_weight * rollout.price
         found = advantages(value_increments(values, paid), jnp.diff(rollout.t), self.horizon)
         if self.normalise is not None:
             same = same_condition(rollout.cond, found.dtype)
@@ -78,7 +83,9 @@ class LikelihoodRatio(AbstractEstimator):
         step_kl = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
         inside = jax.lax.stop_gradient(step_kl) <= self.max_step_kl
         gain = jnp.where(inside, clipped_surrogate(log_rho, rows.signal, self.clip), 0.0) - self.proximal * step_kl
-        price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
+        price = jnp.zeros(())
+        if objective.priced:
+            price = objective.kl_weight * objective.price(objective.price_scales[rows.j], a, rows.a_ref)
         below, above = both_sides(self.clip)
         moved = jnp.expm1(log_rho)
         metrics: Metrics = {
@@ -86,7 +93,7 @@ class LikelihoodRatio(AbstractEstimator):
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
             "clip_fraction": jnp.mean((moved < -below) | (moved > above)),
         }
-        return objective.intervals * jnp.mean(rows.weight * (objective.kl_weight * price - gain)), metrics
+        return objective.intervals * jnp.mean(rows.weight * (price - gain)), metrics
 
 
 def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
@@ -95,7 +102,7 @@ def exponential_return(objective: Objective, rollout: Rollout, values: Float[Arr
     The mean is over paths of the same condition.
     """
     gained = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
-    total = gained / objective.kl_weight - jnp.sum(objective.step_log_ratios(rollout), axis=0)
+    total = gained / objective.kl_weight - jnp.sum(rollout.log_ratio, axis=0)
     return jnp.broadcast_to(softmax_within(total, same_condition(rollout.cond, total.dtype)), values[:-1].shape)
 
 
@@ -113,6 +120,9 @@ class WeightedLikelihood(AbstractEstimator):
 
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "the exponential weight exp(r / kl_weight)")
+
+    def fields(self, objective: Objective) -> Fields:
+        return Fields(rows=frozenset({"noise", "a_old"}))
 
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         return self.weights(objective, rollout, values)

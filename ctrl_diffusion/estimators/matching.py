@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from ..critics import Critic
 from ..exploration import shift
-from ..objective import Objective, Rollout, Rows
+from ..objective import Objective
 from ..predictions import expand
 from ..process import Params
+from ..rollout import EVERY_FIELD, Fields, Rollout, Rows
 from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable, require_price
 from .pathwise import Credit, undiscounted
 
@@ -47,13 +48,15 @@ class LeanAdjoint(eqx.Module):
     def __call__(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
         step, dt = objective.sampler.transitions(), jnp.diff(rollout.t)
         process, control = objective.sampler.process, objective.sampler.control
-        expected = (rollout.a_old - rollout.a_ref) / expand(pull_to_action(objective), rollout.a_old)
+        published, expected = self.horizon == float("inf"), None
+        if not published:
+            expected = (rollout.a_old - rollout.a_ref) / expand(pull_to_action(objective), rollout.a_old)
 
         def backward(adjoint, row):
             t, x, phi, psi, h, mean, keep = row
             _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, rollout.cond), x)
             cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
-            return vjp(mean + keep * (adjoint - mean))[0] - cost, adjoint
+            return vjp(adjoint if published else mean + keep * (adjoint - mean))[0] - cost, adjoint
 
         end = jax.grad(lambda x: jnp.sum(objective.reward(x, rollout.cond)))(rollout.x[-1])
         rows = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
@@ -101,6 +104,12 @@ class Matching(AbstractEstimator):
     def signal_is_of_paths(self) -> bool:
         return True
 
+    def fields(self, objective: Objective) -> Fields:
+        if isinstance(self.gradient, LeanAdjoint) and self.gradient.horizon < float("inf"):
+            return Fields(frozenset({"a_ref", "a_old"}))
+        known = isinstance(self.gradient, LeanAdjoint) or self.gradient is value_gradient
+        return Fields(frozenset({"a_ref"}) if known else EVERY_FIELD.paths)
+
     def signal_calls(self, critic: Critic) -> Calls:
         """The reference's derivative: along the path, or inside the value."""
         inside = critic.value.uses_reward
@@ -134,6 +143,9 @@ class GradientBalance(AbstractEstimator):
 
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
 
+    def fields(self, objective: Objective) -> Fields:
+        return Fields(rows=frozenset({"x_next", "a_ref"}))
+
     def check(self, objective: Objective, critic: Critic) -> None:
         Matching(value_gradient).check(objective, critic)
         require_differentiable(objective, "the gradient of the value at the end")
@@ -149,7 +161,14 @@ class GradientBalance(AbstractEstimator):
         return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
 
     def value_error(
-        self, objective: Objective, critic: Critic, value_params: Params, params: Params, reference: Params, rows: Rows
+        self,
+        objective: Objective,
+        critic: Critic,
+        value_params: Params,
+        params: Params,
+        reference: Params,
+        rows: Rows,
+        largest: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
         """Mean of `|grad V(t, x) + lambda grad_x log (pi_theta / pi_ref)(x' | x) + grad cost|^2 / 2`, summed over dimensions."""
         phi, psi, std = (expand(v[rows.j], rows.x) for v in objective.sampler.transitions())

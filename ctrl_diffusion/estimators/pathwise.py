@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..critics import Critic
-from ..objective import Objective, Rollout, Rows, present_state
+from ..lookahead import present_state
+from ..objective import Objective
 from ..predictions import expand
 from ..process import Params
+from ..rollout import Fields, Rollout, Rows
 from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable
 
 Credit = Callable[[Objective], Float[Array, " n"]]
@@ -94,16 +96,23 @@ class Pathwise(AbstractEstimator):
             require_differentiable(objective, f"a gradient through {self.steps} steps of the sampler and a value of the reward")
         objective.sampler.transitions()
 
+    def fields(self, objective: Objective) -> Fields:
+        paths = {"noise"} if self.steps > 1 else set()
+        rows = ({"noise"} if self.steps else set()) | ({"a_ref"} if objective.priced else set())
+        return Fields(frozenset(paths), frozenset(rows))
+
     def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end."""
+        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end; `None` for one step."""
         n, later = objective.intervals, max(self.steps - 1, 0)
+        if not later:
+            return None
         j = self.starts(objective)[:, None] + 1 + np.arange(later)
         noise = jnp.where((j < n).reshape(j.shape + (1,) * (rollout.noise.ndim - 1)), rollout.noise[np.minimum(j, n - 1)], 0)
         return jnp.moveaxis(noise, 1, 2)
 
     def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
         """The policy at every step, the reference at all but the first if priced, and what the critic needs at the end."""
-        reference = max(self.steps - 1, 0) if objective.kl_weight > 0 else 0
+        reference = max(self.steps - 1, 0) if objective.priced else 0
         guess = 1 if critic.value.uses_reward and objective.lookahead is not present_state else 0
         return Calls(gradient=max(self.steps, 1) + reference + guess, reward=int(objective.reward.differentiable))
 
@@ -113,9 +122,10 @@ class Pathwise(AbstractEstimator):
         credit = self.credit(objective)[rows.j]
         if self.steps == 0:  # the policy's own guess of the final state
             value = critic(models.value, objective, params, ts[rows.j], rows.x, rows.cond)
-            a = objective.control(params, rows.j, rows.x, rows.cond)
-            price = objective.price(objective.price_scales[rows.j], a, rows.a_ref)
-            total = credit * value - objective.kl_weight * price
+            total = credit * value
+            if objective.priced:
+                a = objective.control(params, rows.j, rows.x, rows.cond)
+                total = total - objective.kl_weight * objective.price(objective.price_scales[rows.j], a, rows.a_ref)
             return -len(starts) * jnp.mean(rows.weight * total), {"mean_value": jnp.mean(value)}
 
         x, gained = self._step(objective, params, rows.j, rows.x, rows.cond, rows.noise, rows.a_ref)
@@ -127,7 +137,7 @@ class Pathwise(AbstractEstimator):
             inside = j < n
             j = jnp.minimum(j, n - 1)
             cost = objective.sampler.process.running_cost(ts[j], x) * (ts[j + 1] - ts[j])
-            a_ref = objective.control(models.reference, j, x, rows.cond) if objective.kl_weight > 0 else None
+            a_ref = objective.control(models.reference, j, x, rows.cond) if objective.priced else None
             x_next, gain = self._step(objective, params, j, x, rows.cond, noise, a_ref)
             return (
                 jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
@@ -145,7 +155,7 @@ class Pathwise(AbstractEstimator):
         phi, psi, std = (expand(v[j], x) for v in objective.sampler.transitions())
         a = objective.control(params, j, x, cond)
         gain = jnp.zeros(x.shape[0], x.dtype)
-        if objective.kl_weight > 0:
+        if objective.priced:
             gain = -objective.kl_weight * objective.price(objective.price_scales[j], a, a_ref)
         return phi * x + psi * a + std * noise, gain
 

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..advantages import to_go
 from ..critics import Critic, returns
 from ..groups import same_condition, variance_within
-from ..objective import Objective, Rollout, Rows, to_go
+from ..objective import Objective
 from ..process import Params
+from ..rollout import Fields, Rollout, Rows
 from .base import AbstractEstimator, Metrics, Models, per_path, require_price
+
+LOG_RATIO = Fields(rows=frozenset({"noise", "a_old", "a_ref"}))
 
 
 def _tail(objective: Objective, params: Params, rows: Rows):
@@ -38,6 +42,9 @@ class LogVariance(AbstractEstimator):
     def is_mean(self) -> bool:
         return False
 
+    def fields(self, objective: Objective) -> Fields:
+        return LOG_RATIO
+
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "the log-variance")
 
@@ -46,8 +53,13 @@ class LogVariance(AbstractEstimator):
         return returns(objective, rollout)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        paid = jnp.sum(_tail(objective, params, rows), axis=1)
-        residual = rows.signal[:, 0] - paid
+        return self.statistic(objective, self.residual(objective, critic, params, models, rows), rows)
+
+    def residual(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+        """`r - costs - lambda log dP^a/dP^ref` of every path."""
+        return rows.signal[:, 0] - jnp.sum(_tail(objective, params, rows), axis=1)
+
+    def statistic(self, objective: Objective, residual, rows: Rows):
         of_paths = jax.tree.map(lambda v: v[:, 0], rows.cond)
         loss = 0.5 * variance_within(residual, same_condition(of_paths, residual.dtype)) / objective.kl_weight
         return loss, {"residual": jnp.sqrt(2 * objective.kl_weight * loss)}
@@ -66,6 +78,9 @@ class PathConsistency(AbstractEstimator):
     def __check_init__(self):
         if self.span is not None and self.span < 1:
             raise ValueError(f"span={self.span} must be at least 1 interval, or None for the rest of the path.")
+
+    def fields(self, objective: Objective) -> Fields:
+        return LOG_RATIO
 
     def check(self, objective: Objective, critic: Critic) -> None:
         require_price(objective, "path consistency")

@@ -8,16 +8,18 @@ Images are `[b, h, w, 3]` in [-1, 1]. Nothing here imports torch.
 """
 
 from ..chunks import in_chunks as in_chunks
-from .blip import BERTConfig as BERTConfig, BLIPConfig as BLIPConfig, ImageRewardNetwork as ImageRewardNetwork
-from .clip import CLIP as CLIP, CLIPImages as CLIPImages
-from .config import (
+from ..pretrained import (
+    CLIP as CLIP,
     VIT_H_14 as VIT_H_14,
     VIT_L_14 as VIT_L_14,
     CLIPConfig as CLIPConfig,
+    CLIPImages as CLIPImages,
     VisionConfig as VisionConfig,
     parse_clip_config as parse_clip_config,
     read_clip_config as read_clip_config,
+    read_torch_file as read_torch_file,
 )
+from .blip import BERTConfig as BERTConfig, BLIPConfig as BLIPConfig, ImageRewardNetwork as ImageRewardNetwork
 from .jpeg import (
     jpeg_bytes as jpeg_bytes,
     jpeg_compressibility as jpeg_compressibility,
@@ -53,4 +55,3 @@ from .scores import (
     TextAlignment as TextAlignment,
     for_prompts as for_prompts,
 )
-from .torch_files import read_torch_file as read_torch_file

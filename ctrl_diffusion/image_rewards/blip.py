@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..stable_diffusion.blocks import Attention, AttentionFn, Layers, Sequence, erf_gelu, recomputed
-from ..stable_diffusion.clip_text import Encoder
-from ..stable_diffusion.config import Fixed
-from .clip import PatchEmbeddings
-from .config import BOOKKEEPING, VisionConfig
+from ..pretrained.attention import AttentionFn
+from ..pretrained.clip import PatchEmbeddings
+from ..pretrained.clip_config import BOOKKEEPING, VisionConfig
+from ..pretrained.config import Fixed
+from ..pretrained.layers import Layers, Sequence, erf_gelu, recomputed
+from ..pretrained.transformer import Attention, Encoder
 from .linear import LinearLayers
 from .pixels import Images
 

@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..stable_diffusion.blocks import Layers
+from ..pretrained.layers import Layers
 
 
 class LinearLayers(nnx.Module):

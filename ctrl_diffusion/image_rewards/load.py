@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,20 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..stable_diffusion.blocks import AttentionFn, Layers
-from ..stable_diffusion.config import read_config
-from ..stable_diffusion.folder import load_tokenizer
-from ..stable_diffusion.weights import Placement, filled, read_headers
+from ..folders import StrPath
+from ..pretrained.attention import AttentionFn
+from ..pretrained.clip import CLIP, CLIPImages
+from ..pretrained.clip_config import VIT_H_14, CLIPConfig, read_clip_config
+from ..pretrained.clip_names import clip, openai_tensors
+from ..pretrained.config import read_config
+from ..pretrained.layers import Layers
+from ..pretrained.stored import by_todays_names
+from ..pretrained.tokens import load_tokenizer
+from ..pretrained.torch_files import read_torch_file
+from ..pretrained.weights import Placement, filled, read_headers
 from . import names
 from .blip import IMAGE_REWARD, BERTConfig, BLIPConfig, ImageRewardNetwork
-from .clip import CLIP, CLIPImages
-from .config import VIT_H_14, CLIPConfig, read_clip_config
 from .linear import LinearLayers
 from .pixels import Preprocess, antialiased, half_down
 from .scores import Aesthetic, ImageReward, TextAlignment
-from .torch_files import read_torch_file
 
-StrPath = str | os.PathLike[str]
 Network = TypeVar("Network", CLIP, CLIPImages)
 
 
@@ -69,7 +71,7 @@ def _load_clip(cls: type[Network], folder: Path, loading: Loading) -> Network:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a CLIPModel.")
     config = read_clip_config(folder / "config.json")
-    known = names.clip(config)
+    known = clip(config)
     found = read_headers(folder, "model", known)
     if cls is CLIPImages:
         found = {name: stored for name, stored in found.items() if not name.startswith(("text_", "logit_scale"))}
@@ -129,8 +131,8 @@ def load_hps(
         tokenizer: the folder of a CLIP tokenizer, for example that of a Stable Diffusion 1 folder.
         preprocess: default: `HPS_PREPROCESS`, which see.
     """
-    known = names.clip(config)
-    found = names.by_todays_names(names.openai_tensors(read_torch_file(Path(file), "state_dict")), known)
+    known = clip(config)
+    found = by_todays_names(openai_tensors(read_torch_file(Path(file), "state_dict")), known)
     make = loading.make(CLIP, config)
     network = filled(make, found, str(file), known, "CLIP ViT-H/14", cast=loading.cast, sharding=loading.sharding)
     return TextAlignment(network, load_tokenizer(tokenizer), preprocess or HPS_PREPROCESS)
@@ -161,7 +163,7 @@ def load_image_reward(
     if med_config is not None:
         config = dataclasses.replace(config, text=read_config(BERTConfig, Path(med_config)))
     known = names.image_reward(config.text.max_position_embeddings)
-    found = names.by_todays_names(names.image_reward_tensors(read_torch_file(Path(file))), known)
+    found = by_todays_names(names.image_reward_tensors(read_torch_file(Path(file))), known)
     make, what = loading.make(ImageRewardNetwork, config), "ImageReward" if med_config is None else str(med_config)
     network = filled(make, found, str(file), known, what, cast=loading.cast, sharding=loading.sharding)
     return ImageReward(network, load_bert_tokenizer(tokenizer))

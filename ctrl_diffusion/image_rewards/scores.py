@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from ..chunks import in_chunks
+from ..pretrained.clip import CLIP, CLIPImages, unit
+from ..pretrained.tokens import tokenize
 from ..rewards import Reward, differentiable
-from ..stable_diffusion.folder import tokenize
 from .blip import ImageRewardNetwork
-from .clip import CLIP, CLIPImages, unit
 from .linear import LinearLayers
 from .pixels import Images, Preprocess, check_images
 
@@ -118,7 +118,7 @@ class ForPrompts(eqx.Module):
 
 
 def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, *, chunk: int | None = None) -> Reward:
-    """`ctrl_diffusion.Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
+    """A `Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
 
     Args:
         prompts: all that there are; those longer than the reward can read are cut off.

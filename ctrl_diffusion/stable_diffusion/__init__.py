@@ -8,21 +8,25 @@
 Images and latents are `[b, h, w, c]`. Nothing here imports torch.
 """
 
-from .blocks import (
+from ..pretrained import (
+    VAE as VAE,
     AttentionFn as AttentionFn,
+    CLIPText as CLIPText,
+    CLIPTextConfig as CLIPTextConfig,
     Layers as Layers,
+    Posterior as Posterior,
+    TextFeatures as TextFeatures,
+    VAEConfig as VAEConfig,
+    abstract_network as abstract_network,
     chunked_attention as chunked_attention,
     flash_attention as flash_attention,
     head_by_head as head_by_head,
-)
-from .clip_text import CLIPText as CLIPText, TextFeatures as TextFeatures
-from .config import (
-    CLIPTextConfig as CLIPTextConfig,
-    UNetConfig as UNetConfig,
-    VAEConfig as VAEConfig,
+    load_tokenizer as load_tokenizer,
     parse_config as parse_config,
     read_config as read_config,
+    tokenize as tokenize,
 )
+from .config import UNetConfig as UNetConfig
 from .control import (
     Decoder as Decoder,
     GuidedScore as GuidedScore,
@@ -34,10 +38,8 @@ from .folder import (
     StableDiffusion as StableDiffusion,
     load_folder as load_folder,
     load_network as load_network,
-    load_tokenizer as load_tokenizer,
     save_folder as save_folder,
     save_network as save_network,
-    tokenize as tokenize,
 )
 from .lora import (
     LoRA as LoRA,
@@ -50,6 +52,4 @@ from .lora import (
 from .lora_files import load_lora as load_lora, save_lora as save_lora
 from .noising import Noising as Noising, parse_noising as parse_noising, read_noising as read_noising
 from .unet import UNet as UNet
-from .vae import VAE as VAE, Posterior as Posterior
 from .value import LatentValue as LatentValue
-from .weights import abstract_network as abstract_network

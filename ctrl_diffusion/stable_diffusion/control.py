@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..chunks import in_chunks
+from ..pretrained.vae import VAE
 from ..process import DiffusionProcess, Params, State
 from .folder import StableDiffusion
 from .noising import Noising
-from .vae import VAE
 
 Denoiser = Callable[..., Float[Array, "b h w c"]]
 

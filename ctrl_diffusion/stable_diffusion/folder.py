@@ -1,7 +1,5 @@
 """Stable Diffusion from and to a folder in the layout of diffusers: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,34 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..folders import replaced
-from . import names
-from .blocks import AttentionFn
-from .clip_text import CLIPText
-from .config import CLIPTextConfig, UNetConfig, VAEConfig, config_values, read_config
+from ..folders import StrPath, replaced
+from ..pretrained.attention import AttentionFn
+from ..pretrained.clip_text import CLIPText
+from ..pretrained.network_folder import KINDS as SHARED, Kind, read_network, write_json, write_network
+from ..pretrained.tokens import load_tokenizer, tokenize
+from ..pretrained.vae import VAE
+from ..pretrained.weights import Placement
+from . import unet
+from .config import UNetConfig
 from .lora import lora_layers
 from .noising import Noising, noising_values, read_noising
 from .unet import UNet
-from .vae import VAE
-from .weights import Placement, load_parameters, save_parameters
 
-StrPath = str | os.PathLike[str]
 Network = TypeVar("Network", UNet, VAE, CLIPText)
-
-
-class Kind(NamedTuple):
-    """What belongs to a class of networks: its description, the stem of its files and the names in them."""
-
-    config: Any
-    stem: str
-    names: Any  # config -> Names
-
-
-KINDS = {
-    UNet: Kind(UNetConfig, "diffusion_pytorch_model", lambda config: names.UNET),
-    VAE: Kind(VAEConfig, "diffusion_pytorch_model", lambda config: names.VAE),
-    CLIPText: Kind(CLIPTextConfig, "model", lambda config: names.clip_text(config.max_position_embeddings)),
-}
+KINDS = {UNet: Kind(UNetConfig, "diffusion_pytorch_model", lambda config: unet.NAMES), **SHARED}
 
 
 class StableDiffusion(NamedTuple):
@@ -82,16 +67,8 @@ def load_network(
         sharding: `sharding(name, shape)` says where the parameter `name`, for example
             `down_blocks.0.resnets.0.conv1.kernel`, is put; `None`: on the default device.
     """
-    folder, kind = Path(folder), KINDS[cls]
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
-    config = read_config(kind.config, path)
-
-    def make(rngs):
-        return cls(config, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, rngs=rngs)
-
-    return load_parameters(make, folder, kind.stem, kind.names(config), cast=cast, sharding=sharding)
+    options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, cast=cast, sharding=sharding)
+    return read_network(cls, KINDS[cls], folder, **options)
 
 
 def load_folder(
@@ -129,29 +106,6 @@ def load_folder(
 SUBFOLDERS = {part: part for part in StableDiffusion._fields} | {"noising": "scheduler"}
 
 
-def load_tokenizer(folder: StrPath) -> Any:
-    """CLIP's tokenizer, transformers' `CLIPTokenizer`; nothing is fetched."""
-    from transformers import CLIPTokenizer  # takes seconds to import
-
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int = 77, *, truncate: bool = False) -> np.ndarray:
-    """Token ids, int32 `[b, length]`: begin of text, the prompt, end of text, and the tokenizer's padding.
-
-    Args:
-        truncate: cut longer prompts off instead of refusing them.
-    """
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts={prompts!r} must be a sequence of strings: pass [prompts].")
-    options = dict(padding="max_length", max_length=length, truncation=truncate, return_attention_mask=False)
-    ids = tokenizer(list(prompts), **options)["input_ids"]
-    for prompt, row in zip(prompts, ids):
-        if len(row) > length:
-            raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens, over {length}: shorten it or pass truncate=True.")
-    return np.asarray(ids, np.int32).reshape(-1, length)
-
-
 def save_network(network: UNet | VAE | CLIPText, folder: StrPath) -> None:
     """Write `config.json` and one safetensors file; `folder` is replaced as a whole, never half-written."""
     with replaced(Path(folder)) as temporary:
@@ -166,16 +120,14 @@ def save_folder(model: StableDiffusion, folder: StrPath) -> None:
             _write_network(network, temporary / part)
         model.tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", noising_values(model.noising))
-        _write_json(temporary / "model_index.json", _index(model))
+        write_json(temporary / "scheduler" / "scheduler_config.json", noising_values(model.noising))
+        write_json(temporary / "model_index.json", _index(model))
 
 
 def _write_network(network: UNet | VAE | CLIPText, folder: Path) -> None:
-    kind = KINDS[type(network)]
     if isinstance(network, UNet) and lora_layers(network):
         raise ValueError("network has LoRA: merge_lora(network) folds it into what is written here, save_lora writes it alone.")
-    _write_json(folder / "config.json", config_values(network.config))
-    save_parameters(network, folder / f"{kind.stem}.safetensors", kind.names(network.config))
+    write_network(network, KINDS[type(network)], folder)
 
 
 def _index(model: StableDiffusion) -> dict[str, Any]:
@@ -188,7 +140,3 @@ def _index(model: StableDiffusion) -> dict[str, Any]:
     }
     none = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
     return {"_class_name": "StableDiffusionPipeline", **parts, **none, "requires_safety_checker": False}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .names import UNET, Path
-from .unet import UNet
+from ..pretrained.names import Path
+from .unet import NAMES, UNet
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Layer = nnx.Linear | nnx.Conv
@@ -156,7 +156,7 @@ def pointwise_layers(network: UNet) -> dict[str, tuple[Path, Layer]]:
 
 def lora_layers(network: UNet) -> dict[str, tuple[Path, LoRA]]:
     """All layers that have LoRA by name, with their paths."""
-    return {UNET.module(path): (path, module) for path, module in nnx.iter_modules(network) if isinstance(module, LoRA)}
+    return {NAMES.module(path): (path, module) for path, module in nnx.iter_modules(network) if isinstance(module, LoRA)}
 
 
 def put(network: UNet, path: Path, module: Any) -> None:
@@ -179,7 +179,7 @@ def _layers(network: UNet):
     for path, module in nnx.iter_modules(network):
         if isinstance(module, Layer):
             path = path[:-1] if path[:-1] in changed else path
-            yield UNET.module(path), (path, module)
+            yield NAMES.module(path), (path, module)
 
 
 def _is_pointwise(layer: Layer) -> bool:

@@ -22,12 +22,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..folders import replaced
-from .folder import StrPath
+from ..folders import StrPath, replaced
+from ..pretrained.names import Names
+from ..pretrained.stored import Stored
+from ..pretrained.weights import read_headers
 from .lora import LoRA, lora_layers, matches, pointwise_layers, put, some_lora
-from .names import Names
 from .unet import UNet
-from .weights import Stored, read_headers
 
 STEMS = {"diffusers": "pytorch_lora_weights", "peft": "adapter_model"}
 CONFIG = "adapter_config.json"

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..predictions import EPSILON, X0, Prediction, V
+from ..pretrained.config import Fixed, check_supported, parse_config
 from ..process import DiffusionProcess
 from ..schedules import VPTable
 from ..solvers import from_timesteps, leading, linspaced, trailing
-from .config import Fixed, check_supported, parse_config
 
 PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "sample": X0}
 # what an absent set_alpha_to_one means

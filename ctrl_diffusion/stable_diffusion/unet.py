@@ -8,21 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .blocks import (
-    AttentionFn,
-    Images,
-    Layers,
-    Resized,
-    ResNetBlock,
-    SpatialTransformer,
-    recomputed,
-    timestep_features,
-    upsample,
-)
+from ..pretrained.attention import AttentionFn
+from ..pretrained.layers import Images, Layers, Resized, recomputed, timestep_features
+from ..pretrained.names import Names
+from ..pretrained.resnet import ResNetBlock, upsample
+from .blocks import SpatialTransformer
 from .config import CROSS, UNetConfig
 
 Time = Float[Array, "b t"]
 Context = Float[Array, "b n e"]
+
+NAMES = Names(
+    renamed=(
+        (r"\bto_out\b", "to_out.0"),
+        (r"\bff\.enter\b", "ff.net.0.proj"),
+        (r"\bff\.leave\b", "ff.net.2"),
+        (r"\bdownsampler\b", "downsamplers.0.conv"),
+        (r"\bupsampler\b", "upsamplers.0.conv"),
+    )
+)
 
 
 class TimeEmbedding(nnx.Module):

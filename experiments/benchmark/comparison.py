@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.stable_diffusion import save_network
 
 from ..commandline import execute, require_at_least
-from ..files import write_atomic
 from ..timing import interleaved
 from .check import QUICK, check, exact
 from .figure import write_figure
@@ -120,7 +120,7 @@ def jax_sides(task: Task, c: Coefficients, reference, scan_minibatches: bool) ->
     loss = jax.jit(jax.value_and_grad(lambda p: surrogate(predict(task.graphdef), c, p, rows)), compiler_options=QUICK)
     ours.errors = check(ours.name, reference, reference.score_tolerance, task.recorded.path.x[-1], *our_loss(task, rows, QUICK))
     scan.errors = check(scan.name, reference, reference.tolerance, run(task.behaviour, task.key)[0][-1], *loss(task.params))
-    ours.sample = lambda: task.algorithm.programs.collect(task.algorithm.fixed, task.key, task.behaviour, None, 0)
+    ours.sample = lambda: task.algorithm.programs["sample"].run(*task.recorded.sample.arguments)
     scan.sample = lambda: run(task.behaviour, task.key)
     ours.update, scan.update = our_update(task), hand_update(task, c)
     if scan_minibatches:

@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ctrl_diffusion.runs.files import write_atomic
+
 from ..figures import AFTER, BEFORE, FONT, HELD_OUT, Panel, figure, png
-from ..files import write_atomic
 
 COLORS = (AFTER, BEFORE, HELD_OUT, "#e69f00")
 

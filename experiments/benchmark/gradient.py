@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.algorithms.iteration import one_update
+from ctrl_diffusion.algorithms.programs import running
 from ctrl_diffusion.parallel import ONE_DEVICE
 
 from ..reward_registry import ink
@@ -17,7 +18,9 @@ from .unet import SHAPE, moved, record
 MEMORY_STEPS = (25, 100, 400)
 
 
-def _draft(steps: int, batch: int, width: int, depth: int, small_memory: bool) -> tuple[cd.Objective, cd.Algorithm, Any]:
+def _draft(
+    steps: int, batch: int, width: int, depth: int, small_memory: bool
+) -> tuple[cd.Objective, cd.algorithms.Algorithm, Any]:
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
     network = cd.ResidualMLP(SHAPE, SHAPE, width=width, depth=depth, rngs=nnx.Rngs(0))
     control, params = cd.score_control(network, process)
@@ -30,16 +33,14 @@ def update_of_whole_chain(steps: int, batch: int, width: int, depth: int, small_
     """One DRaFT update through all `steps` steps, with the network of `experiments.digits`."""
     objective, algorithm, params = _draft(steps, batch, width, depth, small_memory)
     params = moved(params, jax.random.key(1), 1e-2)
-    recorded = record(algorithm, objective, params, params, jax.random.key(0))
-    rows, state = algorithm.programs.select(recorded.rows, recorded.order, 0), algorithm.init(params)
-    held = [(state.params, state.value_params, state.optimizer, state.value_optimizer, state.average)]
-    reference = jax.tree.map(jnp.copy, params)
+    recorded, state = record(algorithm, params, params, jax.random.key(0)), algorithm.init(params)
+    call, held = running(algorithm.programs, ONE_DEVICE), [state.learned]
 
-    def call():
-        held[0], metrics = algorithm.programs.update(held[0], algorithm.fixed, reference, rows)
+    def update():
+        held[0], metrics = one_update(call, algorithm.fixed, held[0], state, recorded.rows, recorded.order, 0)
         return held[0], metrics
 
-    return call
+    return update
 
 
 def memory(batch: int, width: int, depth: int) -> dict[str, dict[str, int]]:
@@ -48,7 +49,7 @@ def memory(batch: int, width: int, depth: int) -> dict[str, dict[str, int]]:
     for name, sizes in found.items():
         for steps in MEMORY_STEPS:
             _, algorithm, params = _draft(steps, batch, width, depth, name == "small")
-            analysis = cd.algorithms.lower(algorithm, ONE_DEVICE, params)["update"].compile().memory_analysis()
+            analysis = cd.algorithms.lower(algorithm, params)["update"].compile().memory_analysis()
             if analysis is None:
                 raise ValueError("this backend gives no account of memory: pass --no-gradient.")
             sizes[str(steps)] = int(analysis.temp_size_in_bytes)

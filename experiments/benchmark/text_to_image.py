@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
+from ctrl_diffusion.runs import ProgressBar
+from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.solvers import standard_normal
 
 from ..commandline import execute, require_at_least
-from ..files import write_atomic
 from ..random_model.writer import Config as RandomModel, write_random_model
 from ..text_to_image.parts import make_attention, suited_attention
 from ..timing import interleaved
@@ -214,9 +214,11 @@ def run(config: Config) -> dict[str, Any]:
         sides += rivals
         present = [side for side in sides if side.sample is not None]
         print("checking that all sides give the same latents")
-        for side in tqdm(present, desc="checking", unit="side"):
-            assert side.sample is not None
-            check(side, side.sample(), exact, tolerance)
+        with ProgressBar(len(present), "checking", "side") as bar:
+            for side in present:
+                assert side.sample is not None
+                check(side, side.sample(), exact, tolerance)
+                bar.update(note=side.name)
         calls: list[Any] = [side.sample for side in present]
         network, count = network_alone(task)
         product, size = large_product(jnp.dtype(config.precision))

@@ -16,8 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.advantages import centre
+from ctrl_diffusion.algorithms import State, timed
+from ctrl_diffusion.algorithms.iteration import one_pass, one_update
+from ctrl_diffusion.algorithms.programs import Timed, running
 from ctrl_diffusion.estimators import LikelihoodRatio, Models
-from ctrl_diffusion.objective import Rollout, Rows, centre
+from ctrl_diffusion.rollout import Rows
 from ctrl_diffusion.solvers import sample_keys, standard_normal
 from ctrl_diffusion.stable_diffusion import UNet, UNetConfig
 from ctrl_diffusion.values import NoValue
@@ -153,21 +157,18 @@ def updated(predict: Predict, c: Coefficients) -> Callable:
 class Recorded(NamedTuple):
     """Paths of one iteration as the rows that are trained on, and which rows each minibatch has."""
 
-    path: cd.Trajectory
+    path: cd.sampler.Trajectory
     rows: Rows
     order: Int[Array, "k m"]
+    sample: Timed
+    """The call that made the paths."""
 
 
-def record(algorithm: cd.Algorithm, objective: cd.Objective, behaviour, reference, key) -> Recorded:
-    """What an iteration of `algorithm` does before its updates."""
-    programs, state = algorithm.programs, algorithm.init(reference)
-    path, ends, _ = programs.collect(algorithm.fixed, key, behaviour, None, 0)
-    a_old, a_ref, x_hat, _ = programs.annotate(algorithm.fixed, behaviour, reference, path, None)
-    r_hat = jnp.zeros(a_old.shape[:2], a_old.dtype)
-    fresh = Rollout(path.t, path.x, path.noise, a_old, a_ref, x_hat, r_hat, objective.reward.fn(ends))
-    _, trained_on = programs.remember(key, state.memory, fresh)
-    rows, _ = programs.prepare(algorithm.fixed, key, Models(reference, ()), trained_on)
-    return Recorded(path, rows, programs.shuffle(key))
+def record(algorithm: cd.algorithms.Algorithm, behaviour, reference, key) -> Recorded:
+    """What an iteration of `algorithm` makes before its updates, by a policy `behaviour`."""
+    state = algorithm.init(behaviour)._replace(reference=jax.tree.map(jnp.copy, reference))
+    found = timed(algorithm, key, state)
+    return Recorded(found["sample"].results[0], found["prepare"].results[0], found["shuffle"].results, found["sample"])
 
 
 class Task(NamedTuple):
@@ -177,7 +178,7 @@ class Task(NamedTuple):
     objective: cd.Objective
     estimator: LikelihoodRatio
     critic: cd.Critic
-    algorithm: cd.Algorithm
+    algorithm: cd.algorithms.Algorithm
     graphdef: nnx.GraphDef
     params: Any
     behaviour: Any
@@ -192,7 +193,7 @@ class Task(NamedTuple):
 
     def minibatch(self, i: int) -> Rows:
         """Rows of minibatch `i`."""
-        return self.algorithm.programs.select(self.recorded.rows, self.recorded.order, i)
+        return self.algorithm.programs["select"].run(self.recorded.rows, self.recorded.order, i)
 
 
 def moved(params, key, size: float):
@@ -216,39 +217,40 @@ def make_task(batch: int, steps: int, minibatches: int, channels: tuple[int, ...
     algorithm = cd.compose(objective, estimator, critic, cd.Training(optimizer(), batch, minibatches=minibatches))
     key = jax.random.key(0)
     behaviour = moved(reference, jax.random.key(1), 3e-3)
-    recorded = record(algorithm, objective, behaviour, reference, key)
+    recorded = record(algorithm, behaviour, reference, key)
     params = moved(behaviour, jax.random.key(2), 3e-3)
     graphdef = nnx.graphdef(network)
     return Task(network, objective, estimator, critic, algorithm, graphdef, params, behaviour, reference, recorded, key)
 
 
-def _learned(task: Task) -> Any:
-    """What the library's updates change, in arrays of its own."""
-    state = task.algorithm.init(task.params)
-    return state.params, state.value_params, state.optimizer, state.value_optimizer, state.average
-
-
 def our_update(task: Task) -> Callable[[int], Any]:
-    """`call(i)`: the library's programs for minibatch `i`, on a state of its own."""
-    programs, held = task.algorithm.programs, [_learned(task)]
+    """`call(i)`: the library's update on minibatch `i`, on a state of its own."""
+    algorithm, recorded, state = task.algorithm, task.recorded, _state(task)
+    call, held = running(algorithm.programs, algorithm.recipe.layout), [state.learned]
 
-    def call(i: int) -> Any:
-        held[0], metrics = programs.update(held[0], task.algorithm.fixed, task.reference, task.minibatch(i))
+    def update(i: int) -> Any:
+        held[0], metrics = one_update(call, algorithm.fixed, held[0], state, recorded.rows, recorded.order, i)
         return held[0], metrics
 
-    return call
+    return update
 
 
 def our_pass(task: Task) -> Callable[[int], Any]:
-    """`call(i)`: the library's program for all minibatches of a pass, whatever `i`, on a state of its own."""
-    programs, held = task.algorithm.programs, [_learned(task)]
+    """`call(i)`: the library's updates on all minibatches of a pass as one program, whatever `i`, on a state of its own."""
+    algorithm, recorded, state = task.algorithm, task.recorded, _state(task)
+    scanned = algorithm.recipe._replace(training=algorithm.recipe.training._replace(scan_minibatches=True))
+    call, held = running(algorithm.programs, scanned.layout), [state.learned]
 
-    def call(i: int) -> Any:
-        rows, order = task.recorded.rows, task.recorded.order
-        held[0], metrics = programs.sweep(held[0], task.algorithm.fixed, task.reference, rows, order)
+    def updates(i: int) -> Any:
+        held[0], metrics = one_pass(call, scanned, algorithm.fixed, held[0], state, recorded.rows, recorded.order)
         return held[0], metrics
 
-    return call
+    return updates
+
+
+def _state(task: Task) -> State:
+    """Of the policy that is updated, with the task's reference."""
+    return task.algorithm.init(task.params)._replace(reference=task.reference)
 
 
 def hand_update(task: Task, c: Coefficients) -> Callable[[int], Any]:

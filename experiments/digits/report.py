@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ctrl_diffusion.runs.files import write_atomic
+
 from ..figures import Panel, class_panel, curve_panels, diagnostic_panels, figure, png, sample_panels
-from ..files import write_atomic
 from ..pages import image, page, settings
 from .glossary import GLOSSARY
 from .narrative import HELD_OUT, commands, goal, headline, introduction, meanings, warnings

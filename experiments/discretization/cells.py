@@ -97,7 +97,7 @@ class Samplers:
                 a = control(params, t, x, None)
                 if with_kl:
                     a_ref = control(reference, t, x, None)
-                    kl = kl + cd.step_kl((psi / std)[None], a[None], a_ref[None])[0]
+                    kl = kl + cd.sampler.step_kl((psi / std)[None], a[None], a_ref[None])[0]
                 return phi * x + psi * a + std * standard_normal(keys[:, 1], 2 * i, shape, x.dtype), kl  # KeyedPath's noise
 
             x = initial(keys[:, 0], shape)

@@ -19,24 +19,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import Algorithm
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
+from ctrl_diffusion.runs import (
+    ProgressBar,
+    RunDirectory,
+    Samples,
+    describe,
+    exists_for_all,
+    finetune,
+    is_first,
+    pretrain,
+    wait_for_all,
+)
+from ctrl_diffusion.runs.evaluation import summary
+from ctrl_diffusion.runs.files import write_arrays, write_atomic
 
 from .. import data as datasets
 from ..classifier import train_classifier
 from ..commandline import execute
-from ..devices import describe, is_first
 from ..distances import Target, energy_distance, make_target, noise_floor
-from ..evaluation import Samples, summary
-from ..files import write_arrays, write_atomic
 from ..reward_registry import OF_DIGITS, Settings
-from ..rundir import RunDirectory, exists_for_all, wait_for_all
 from ..solver_registry import as_choices
-from ..training import finetune, pretrain
 from .cells import Samplers, bandwidth_of, collect
 from .config import NOT_IDENTIFYING, Config as Config, filled, resolve
 from .figures import write_figures
@@ -75,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     policies = [experiment.policies(seed) for seed in range(filled(config.seeds))]
     print(f"[2/3] {len(config.solvers)} solvers x {len(config.steps)} step counts x {len(config.etas)} noise levels")
     cells = []
-    with tqdm(total=len(config.solvers) * len(config.etas), desc="matrix", unit="solver and eta") as bar:
+    with ProgressBar(len(config.solvers) * len(config.etas), "matrix", "solver and eta") as bar:
         for name in config.solvers:
             for eta in config.etas:
                 cells += experiment.cells(name, eta, policies)
@@ -165,7 +172,7 @@ class Experiment:
         """Parameters and seconds of a finished part; runs it if it is not."""
         folder = self.folder(seed, name)
         if not exists_for_all(folder / "result.json"):
-            run = RunDirectory(folder, self.settings, self.config.use_previous_checkpoint)
+            run = RunDirectory(folder, self.settings, use_previous_checkpoint=self.config.use_previous_checkpoint)
             print(f"seed {seed}: {NAMES[name]}")
             params, seconds = train(seed, run)
             run.close()
@@ -290,7 +297,7 @@ class Experiment:
             row = summary(samples, priced, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
             distance = energy_distance(x, policy.target)
             row |= {"energy_distance": distance.mean, "energy_distance_se": distance.se}
-            row |= {"diversity": cd.vendi_score(x[:256], self.bandwidth)}
+            row |= {"diversity": cd.diversity.vendi_score(x[:256], self.bandwidth)}
             row |= {
                 "optimum": optimum and optimum.objective.mean,
                 "optimum_se": optimum and optimum.objective.se,

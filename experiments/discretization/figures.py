@@ -13,9 +13,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.runs.files import write_atomic
 
 from ..figures import AFTER, BEFORE, FONT, HELD_OUT, OPTIMUM, Panel, figure, minus, png
-from ..files import write_atomic
 from .summary import METHODS, NAMES
 
 COLORS = {"reference": BEFORE, "score_as_action": AFTER, "ddpo": HELD_OUT, "ddpo_kl": "#009e73"}

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
+from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is_first
 
 from ..commandline import execute, require_at_least, require_known
-from ..devices import Devices, describe, is_first
-from ..rundir import Results, RunDirectory
+from ..devices import Devices
 from .report import write_report
 from .units import ENTRIES, PROBLEMS, Budget, budget_for, solve, why_not
 
@@ -114,10 +113,9 @@ def run(config: Config) -> dict[str, Any]:
     print(describe(layout) + f"; {workers} unit(s) at a time")
     results = Results(config.out / "units")
     missing = [unit for unit in todo if not results.has(unit.name)]
-    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
+    with ProgressBar(len(todo), "units", "unit", done=len(todo) - len(missing)) as bar:
         for name, gap in _solved(missing, workers, layout, results):
-            bar.update()
-            bar.set_postfix_str(name if gap is None else f"{name}: gap {100 * gap:.2f} %")
+            bar.update(note=name if gap is None else f"{name}: gap {100 * gap:.2f} %")
     found = results.read(unit.name for unit in todo)
     metrics = {"results": [{k: v for k, v in result.items() if k != "history"} for result in found]}
     if is_first():

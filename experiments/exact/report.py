@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from ctrl_diffusion import exact
+from ctrl_diffusion.runs.files import write_atomic
 
 from ..figures import png
-from ..files import write_atomic
 from .units import ENTRIES, PROBLEMS
 
 Result = dict[str, Any]

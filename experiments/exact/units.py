@@ -244,17 +244,17 @@ FIXED_POINTS: dict[str, Callable[[Lab], Control]] = {
 }
 
 
-def structured_value(place: Lab) -> cd.AbstractValue:
+def structured_value(place: Lab) -> cd.values.AbstractValue:
     """A network with the reward of the posterior mean, to be learned."""
     return cd.StructuredValue(place.value, place.problem.process.t0, place.problem.process.t1)
 
 
-def exact_value(place: Lab) -> cd.AbstractValue:
+def exact_value(place: Lab) -> cd.values.AbstractValue:
     """The problem's own."""
     return cd.GivenValue(place.problem.value, place.problem.process.t0, place.problem.process.t1)
 
 
-VALUES: dict[str, Callable[[Lab], cd.AbstractValue]] = {"exact_critic": exact_value}
+VALUES: dict[str, Callable[[Lab], cd.values.AbstractValue]] = {"exact_critic": exact_value}
 
 
 class Yardstick(NamedTuple):
@@ -279,7 +279,7 @@ class Bench(NamedTuple):
     """What all seeds of an algorithm on a problem share: the compiled loop, and where it converges to if it is biased."""
 
     yardstick: Yardstick
-    algorithm: cd.Algorithm
+    algorithm: cd.algorithms.Algorithm
     fixed_point: Control | None
 
 
@@ -291,12 +291,12 @@ def bench(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ON
     updates = budget.iterations * budget.epochs * budget.minibatches
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
-    times = None if budget.times is None else cd.TimeSampling(budget.times)
+    times = None if budget.times is None else cd.algorithms.TimeSampling(budget.times)
     training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times, layout=layout)
     kl_weight = place.problem.kl_weight if choice.priced else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
-    made = choice.make(Settings(objective, value, training, kl_radius=0.01))
+    made = choice.make(Settings(objective, value, training, clip=0.2, horizon=0.0, kl_radius=0.01))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
     return Bench(measured, made, fixed_point)
 
@@ -375,8 +375,8 @@ def chain_gap(place: Lab, samples: int = 2**16, chunk: int = 2**13) -> Callable[
     @jax.jit
     def run(params):
         path = sampler.trajectory(params, keys[:chunk])
-        a, a_ref = (cd.path_actions(control, params, path) for control in (sampler.control, problem.reference_action))
-        return problem.reward(path.x[-1]), jnp.sum(cd.step_kl(scales, a, a_ref), axis=0)
+        a, a_ref = (cd.sampler.path_actions(control, params, path) for control in (sampler.control, problem.reference_action))
+        return problem.reward(path.x[-1]), jnp.sum(cd.sampler.step_kl(scales, a, a_ref), axis=0)
 
     def gap(params):
         reward, kl = (np.asarray(v) for v in run(params))

@@ -27,15 +27,13 @@ class Case(NamedTuple):
         value_params: shapes of the value's, `()` without one.
         batch: the experiment's own global batch.
         intervals: control intervals of a path.
-        updates: how often an iteration runs `select` and `update`.
     """
 
-    algorithm: Callable[[Layout, int], cd.Algorithm]
+    algorithm: Callable[[Layout, int], cd.algorithms.Algorithm]
     params: Any
     value_params: Any
     batch: int
     intervals: int
-    updates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +64,24 @@ class Settings:
     """Features of the network."""
     depth: int | None = None
     """Blocks of the network."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's matrix products (text_to_image: always bfloat16)."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of the network's matrix products (default: float32; text_to_image: bfloat16)."""
+
+
+def _given(settings: Settings, config: type[Any], experiment: str) -> dict[str, Any]:
+    """The settings that are given, for an experiment's `config`; `ValueError` for the first one that it does not have."""
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    known = {field.name for field in dataclasses.fields(config)}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{name}={value}: experiments.{experiment} has no such option. Leave it out.")
+    return given
 
 
 def digits_case(settings: Settings) -> Case:
     """`experiments.digits` with its reward "digit"."""
-    names = [f.name for f in dataclasses.fields(digits.Config)]
-    given = {name: getattr(settings, name, None) for name in names if name not in ("out", "batch", "devices")}
-    config = digits.Config(**{name: v for name, v in given.items() if v is not None})
+    config = digits.Config(**_given(settings, digits.Config, "digits"))
     shape = (8, 8, 1)
     dtype = None if config.precision == "float32" else config.precision
     network = nnx.eval_shape(
@@ -85,21 +92,19 @@ def digits_case(settings: Settings) -> Case:
     reward = OF_DIGITS["digit"].make(RewardSettings(Classifier(64, 128, nnx.Rngs(0)), config.digit))  # untrained: the same
     kl_weight = OF_DIGITS["digit"].kl_weight if choose(config.algorithm).priced else 0.0
 
-    def algorithm(layout: Layout, batch: int) -> cd.Algorithm:
+    def algorithm(layout: Layout, batch: int) -> cd.algorithms.Algorithm:
         return digits._algorithm(dataclasses.replace(config, batch=batch), model.sampler, reward, kl_weight, layout)[0]
 
     _, value_params = digits._algorithm(config, model.sampler, reward, kl_weight, ONE_DEVICE)
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (model.params, value_params))
-    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps, config.epochs * config.minibatches)
+    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps)
 
 
 def text_to_image_case(settings: Settings) -> Case:
     """`experiments.text_to_image`: LoRA of Stable Diffusion 1.5 at 512x512, for a reward on the host."""
-    names = [f.name for f in dataclasses.fields(TextToImage)]
-    given = {name: getattr(settings, name, None) for name in names if name not in ("out", "batch", "devices", "precision")}
-    config = planned_config({name: v for name, v in given.items() if v is not None})
+    config = planned_config(_given(settings, TextToImage, "text_to_image"))
     algorithm, params, value_params = text_to_image_programs(config)
-    return Case(algorithm, params, value_params, config.batch, config.steps, config.epochs * config.minibatches)
+    return Case(algorithm, params, value_params, config.batch, config.steps)
 
 
 EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}

@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +23,17 @@ import jax
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import lower
-from ctrl_diffusion.parallel import Layout, make_mesh
-from ctrl_diffusion.states import memory_shardings
+from ctrl_diffusion.algorithms.programs import state_axes
+from ctrl_diffusion.parallel import PARAMETERS, Layout, make_mesh
+from ctrl_diffusion.runs.files import write_atomic
 
 from ..commandline import execute, require_at_least, require_known
-from ..files import write_atomic
 from .cases import EXPERIMENTS, Case, Settings
 from .chips import COMPILERS, HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
 from .hlo import account, by_kind
 from .report import table, write_figure
 
-PER_PART, PER_UPDATE = ("collect", "annotate"), ("select", "update")
+PER_PART = ("sample", "annotate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
     row: Row = {"slice": where.name, "chips": where.chips, "batch": batch, "hbm_bytes": where.chip.usable}
     held = _state_bytes(algorithm, layout, case)
     begin = time.perf_counter()
-    lowered = lower(algorithm, layout, case.params, case.value_params)
+    lowered = lower(algorithm, case.params, case.value_params)
     row |= held | {"lower_seconds": time.perf_counter() - begin}
     programs: dict[str, Row] = {}
     for name, program in lowered.items():
@@ -100,26 +99,24 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
         seconds = time.perf_counter() - begin
         if seconds > 20:
             print(f"  {name}: {seconds:.0f} s")
-        calls = case.updates if name in PER_UPDATE else algorithm.rollouts if name in PER_PART else 1
-        programs[name] = {"calls": calls, "compile_seconds": seconds} | _one_run(compiled, where)
+        programs[name] = {"calls": program.calls, "compile_seconds": seconds} | _one_run(compiled, where)
     _add_peaks(programs, sum(held.values()))
     return row | {"programs": programs} | _iteration(programs)
 
 
-def _state_bytes(algorithm: cd.Algorithm, layout: Layout, case: Case) -> dict[str, int]:
+def _state_bytes(algorithm: cd.algorithms.Algorithm, layout: Layout, case: Case) -> dict[str, int]:
     """What a chip has of the state that lasts from iteration to iteration, bytes."""
     state = jax.eval_shape(algorithm.init, case.params, case.value_params)
 
-    def on_a_chip(tree: Any, shardings: Callable[[Any], Any]) -> int:
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree)))
-        return sum(math.prod(s.shard_shape(v.shape)) * v.dtype.itemsize for v, s in pairs)
+    def on_a_chip(tree: Any, axes: Any) -> int:
+        placed = jax.tree.leaves(layout.described(axes, tree))
+        return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in placed)
 
-    names = ("params", "reference", "value_params", "optimizer", "value_optimizer", "average")
     sizes = {
-        f"{name.replace('params', 'parameter')}_bytes": on_a_chip(getattr(state, name), layout.parameters) for name in names
+        f"{name.replace('params', 'parameter')}_bytes": on_a_chip(v, PARAMETERS) for name, v in state.learned._asdict().items()
     }
-    sizes["fixed_bytes"] = on_a_chip(algorithm.fixed, layout.parameters)
-    return sizes | {"memory_bytes": on_a_chip(state.memory, partial(memory_shardings, layout))}
+    sizes |= {"reference_bytes": on_a_chip(state.reference, PARAMETERS), "fixed_bytes": on_a_chip(algorithm.fixed, PARAMETERS)}
+    return sizes | {"replay_buffer_bytes": on_a_chip(state.buffer, state_axes(algorithm.recipe).buffer)}
 
 
 def _one_run(compiled: jax.stages.Compiled, where: Slice) -> Row:

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
+from ctrl_diffusion.runs.files import write_atomic
+
 from ..figures import AFTER, BEFORE, FONT, HELD_OUT, OPTIMUM, Panel, figure, png
-from ..files import write_atomic
 
 Row = Mapping[str, Any]
 

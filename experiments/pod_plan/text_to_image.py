@@ -55,7 +55,7 @@ def text_to_image_programs(config: Config, size: str = "sd15") -> tuple[Any, Any
     parts = abstract_parts(config, size)
     sampler = make_sampler(config, parts, steps=config.steps, eta=config.eta)
 
-    def algorithm(layout: Layout, batch: int) -> cd.Algorithm:
+    def algorithm(layout: Layout, batch: int) -> cd.algorithms.Algorithm:
         return make_algorithm(dataclasses.replace(config, batch=batch), parts, sampler, layout)[0]
 
     _, value_params = make_algorithm(config, parts, sampler, ONE_DEVICE)

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.predictions import V
 from ctrl_diffusion.process import DiffusionTerm
+from ctrl_diffusion.runs import ProgressBar
+from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.solvers import (
     KeyedPath,
     brownian_tree,
@@ -40,7 +41,6 @@ from ctrl_diffusion.solvers import (
 )
 
 from ..commandline import execute
-from ..files import write_atomic
 from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from ..timing import interleaved
 
@@ -361,14 +361,16 @@ def run(config: Config) -> list[dict[str, Any]]:
         if kind not in KINDS:
             raise ValueError(f"kinds: {kind!r} is not one of {', '.join(KINDS)}.")
     cases, rows = chosen(config.only, config.kinds), earlier(path, settings)
-    for case in tqdm(cases, desc="solvers"):
-        if any((row["name"], row["kind"]) == (case.name, case.kind) for row in rows):
-            continue
-        rows.append(measure(case, config))
-        if config.out is not None and path is not None:
-            config.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(config.out / "table.md", table(rows))
-            write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
+    measured = {(row["name"], row["kind"]) for row in rows}
+    todo = [case for case in cases if (case.name, case.kind) not in measured]
+    with ProgressBar(len(cases), "solvers", "solver", done=len(cases) - len(todo)) as bar:
+        for case in todo:
+            rows.append(measure(case, config))
+            if config.out is not None and path is not None:
+                config.out.mkdir(parents=True, exist_ok=True)
+                write_atomic(config.out / "table.md", table(rows))
+                write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
+            bar.update(note=case.name)
     return rows
 
 

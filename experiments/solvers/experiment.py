@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from tqdm import tqdm
 
+from ctrl_diffusion.runs import ProgressBar
+from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.solvers import brownian_tree, integrate, integrate_adaptive
 
 from ..commandline import execute
 from ..figures import png
-from ..files import write_atomic
 from ..solver_cost import cost as solver_cost
 from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from .problems import (
@@ -241,7 +241,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if not todo:
         print(f"finished: {path} holds all of it.")
     config.out.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(PAIR) as pool, tqdm(total=len(todo), desc="solvers") as bar:
+    with concurrent.futures.ThreadPoolExecutor(PAIR) as pool, ProgressBar(len(todo), "solvers", "solver") as bar:
         for i in range(0, len(todo), PAIR):  # mostly compilation, two at a time
             pair = todo[i : i + PAIR]
             prepared = list(pool.map(lambda case: (curve(case, config), to_time(case, config)), pair))

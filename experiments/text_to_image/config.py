@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from ..algorithm_registry import choose
+from ..algorithm_registry import check_options, choose
 from ..commandline import require_at_least, require_known
 from ..devices import Devices
 from ..reward_registry import OF_IMAGES
@@ -91,18 +91,24 @@ class Config:
     """Updates per pass."""
     accumulation: int = 1
     """Parts that the rows of an update are worked through in: less memory, the same update."""
+    stratified: bool = False
+    """Deal each group of consecutive rows out to the minibatches instead of shuffling all: nothing moves between devices."""
+    scan_minibatches: bool = False
+    """Make a pass over the minibatches one program: one program less to wait for, which short updates notice."""
     learning_rate: float = 3e-4
     """Adam learning rate of the policy."""
     value_learning_rate: float = 1e-3
     """Adam learning rate of the value network."""
     value: Literal["plain", "structured"] = "plain"
     """The value network alone, or added to the reward of the decoded guess at every timestep (as published for Score as Action)."""
-    clip: float | tuple[float, float] = 0.2
-    """The likelihood ratio of a step is clipped to 1 +- clip (inf: not clipped); two numbers are how far below and above 1 it may go."""
-    kl_radius: float = 0.05
-    """Path KL of an update, nats (only with --algorithm score_as_action_trpo)."""
-    horizon: float = 0.0
-    """Decay time of the advantages, control time (0: single value increments, inf: Monte Carlo returns)."""
+    clip: float | tuple[float, float] | None = None
+    """The likelihood ratio of a step is clipped to 1 +- clip (default: 0.2; inf: not clipped), where an algorithm has one; two numbers are
+    how far below and above 1 it may go."""
+    kl_radius: float | None = None
+    """Path KL of an update, nats (default: 0.05; only with --algorithm score_as_action_trpo)."""
+    horizon: float | None = None
+    """Decay time of the advantages, control time (default: 0, single value increments; inf: Monte Carlo returns), where an algorithm has
+    one."""
     kl_budget: float | None = None
     """Stop when the samples' path KL to the original model exceeds this many nats."""
     average: float | None = None
@@ -130,6 +136,7 @@ class Config:
 def check(config: Config) -> None:
     """Refuse settings that cannot work, by name."""
     choose(config.algorithm)
+    check_options(config.algorithm, config)
     if not config.reward:
         raise ValueError("reward is empty: give at least one.")
     require_known("reward", [name for name in config.reward if ":" not in name], OF_IMAGES)

@@ -22,13 +22,10 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import Info, State
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.parallel import Layout, whole
+from ctrl_diffusion.runs import Evaluator, RunDirectory, Samples, describe, exists_for_all, finetune, is_first
+from ctrl_diffusion.runs.files import write_arrays
 
 from ..commandline import execute
-from ..devices import describe, is_first
-from ..evaluation import Evaluator, Samples
-from ..files import write_arrays
-from ..rundir import RunDirectory, exists_for_all
-from ..training import finetune
 from .config import Config, check, digest_of_prompts, price
 from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .report import write_gallery
@@ -37,6 +34,7 @@ from .settings import chosen_settings
 _NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint")
 _STREAMS = ("finetune", "evaluation")
 SHOWN = 32  # images of each kind in the gallery
+LOGGED = 16  # images of each evaluation that loggers get
 
 
 class Pair(NamedTuple):
@@ -60,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
     layout = config.devices.start()
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in _NOT_IDENTIFYING}
     settings["prompts_digest"] = digest_of_prompts(config)
-    directory = RunDirectory(config.out, _as_json(settings), config.use_previous_checkpoint)
+    directory = RunDirectory(config.out, _as_json(settings), use_previous_checkpoint=config.use_previous_checkpoint)
     if (finished := directory.finished("gallery.html", write_gallery)) is not None:
         return finished
     print(describe(layout, batch=config.batch, evaluation_samples=config.evaluation_samples))
@@ -79,7 +77,8 @@ def run(config: Config) -> dict[str, Any]:
 
     def evaluate(state: State) -> dict[str, Any]:
         found = evaluations.pair(sampler, _result(config, state), "training prompts", held_out=False)
-        return {f"evaluation_{name}": v for name, v in _numbers(found, kl_weight).items()}
+        numbers = {f"evaluation_{name}": v for name, v in _numbers(found, kl_weight).items()}
+        return numbers | {"samples": decoded(parts, found.after.x[:LOGGED])}
 
     def keep(iteration: int, state: State) -> None:
         params = whole(_result(config, state))

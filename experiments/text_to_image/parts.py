@@ -13,12 +13,12 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import Layout
+from ctrl_diffusion.runs import is_first, wait_for_all
 
+from .. import algorithm_registry as registry
 from ..algorithm_registry import Settings, choose, require_gradient
-from ..devices import is_first
 from ..random_model.writer import Config as RandomModel, write_random_model
 from ..reward_registry import Settings as RewardSettings, make_reward
-from ..rundir import wait_for_all
 from ..solver_registry import SOLVERS
 from .config import TINY, Config, price, read_prompts
 
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     contexts: jax.Array
     empty: jax.Array
     decode: Any
-    reward: cd.Reward
+    reward: cd.rewards.Reward
 
     @property
     def trained(self) -> int:
@@ -137,7 +137,7 @@ def latent_shape(config: Config, model: sd.StableDiffusion) -> tuple[int, int, i
     return height, width, model.unet.config.in_channels
 
 
-def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.Algorithm, Any]:
+def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     prompts = sd.drawn_prompts(parts.trained, config.samples_per_prompt)
     objective = cd.Objective(sampler, parts.reward, price(config), conditions=prompts)
@@ -149,10 +149,11 @@ def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: La
     training = cd.Training(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate)), config.batch, config.epochs,
         config.minibatches, optax.adam(config.value_learning_rate), times, config.rollouts, layout, config.accumulation,
-        config.average,
+        config.average, config.stratified, config.scan_minibatches,
     )  # fmt: skip
     choice = choose(config.algorithm)
-    algorithm = choice.make(Settings(objective, value, training, config.clip, config.horizon, config.kl_radius))
+    settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
+    algorithm = registry.make_algorithm(config.algorithm, settings)
     return algorithm, value_params if choice.learns_value else ()
 
 

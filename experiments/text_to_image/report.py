@@ -17,8 +17,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ..figures import AFTER, BEFORE, FONT, Panel, figure, mosaic, png, series
-from ..files import write_atomic
+from ctrl_diffusion.runs.files import write_atomic
+from ctrl_diffusion.runs.images import mosaic
+
+from ..figures import AFTER, BEFORE, FONT, Panel, figure, png, series
 from ..pages import image, page, settings
 
 GALLERY_STYLE = """
@@ -51,7 +53,7 @@ def write_gallery(directory: Path) -> Path:
 def _grids(images: Mapping[str, np.ndarray]) -> list[Panel]:
     def panel(name: str, title: str) -> Panel:
         def draw(axes: Axes) -> None:
-            axes.imshow(mosaic(images[name][:16] / 127.5 - 1))
+            axes.imshow(mosaic(images[name][:16]))
             axes.set_axis_off()
 
         return Panel(title, f"16 images, {title}", draw)

@@ -14,19 +14,17 @@ from jaxtyping import Array, Float, Int, Key
 import ctrl_diffusion as cd
 from ctrl_diffusion.exact import MixtureControl
 from ctrl_diffusion.exact.mixture import Components
-from ctrl_diffusion.objective import Rollout
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import expand
+from ctrl_diffusion.rollout import Rollout
+from ctrl_diffusion.runs import RunDirectory, exists_for_all, is_first, pretrain, wait_for_all
+from ctrl_diffusion.runs.files import write_arrays
 from ctrl_diffusion.solvers import power
 
 from .. import data as datasets
 from ..classifier import train_classifier
-from ..devices import is_first
 from ..exact.units import PROBLEMS as EXACT
-from ..files import write_arrays
 from ..reward_registry import OF_DIGITS, Settings
-from ..rundir import RunDirectory, exists_for_all, wait_for_all
-from ..training import pretrain
 from .fit import Case, Exact, HeldOut, Law, take_paths
 
 
@@ -89,7 +87,8 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
         noise = (x[1:] - moved) / expand(steps.std, a_old)
         x_hat = jax.vmap(problem.process.terminal_mean)(ts[:-1], x[:-1], a_ref)
         reward = jax.vmap(problem.reward)
-        return Rollout(ts, x, noise, a_old, a_ref, x_hat, reward(x_hat), problem.reward(x[-1])), reward(x[:-1])
+        paid = objective.step_prices(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, noise)
+        return Rollout(ts, x, problem.reward(x[-1]), *paid, x_hat=x_hat, r_hat=reward(x_hat)), reward(x[:-1])
 
     # one batch per seed, and one that no seed trains on
     key, paths = jax.random.key(11 + optimal), max(size.paths, size.states)
@@ -196,7 +195,7 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
     @jax.jit
     def draw(keys):
         path = sampler.trajectory(params, keys)
-        a = cd.path_actions(sampler.control, params, path)
+        a = cd.sampler.path_actions(sampler.control, params, path)
         x_hat = jax.vmap(process.terminal_mean)(path.t[:-1], path.x[:-1], a)
         r_hat, r_noisy = (jax.lax.map(reward, v) for v in (x_hat, path.x[:-1]))
         return path.x, path.noise, a, x_hat, r_hat, r_noisy, reward(path.x[-1])[None]
@@ -205,7 +204,7 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
         keys = cd.sample_keys(key, paths)
         parts = [draw(keys[i : i + 1024]) for i in range(0, paths, 1024)]
         x, noise, a, x_hat, r_hat, r_noisy, final = (jnp.concatenate(column, axis=1) for column in zip(*parts))
-        return Rollout(sampler.ts, x, noise, a, a, x_hat, r_hat, final[0]), r_noisy
+        return Rollout(sampler.ts, x, final[0], jnp.zeros_like(r_hat), jnp.zeros_like(r_hat), x_hat=x_hat, r_hat=r_hat), r_noisy
 
     key = jax.random.key(3)
     batches = [rollout(jax.random.fold_in(key, s), size.paths) for s in range(size.seeds)]

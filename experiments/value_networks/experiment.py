@@ -10,11 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is_first
 
 from ..commandline import execute, require_at_least, require_known
-from ..devices import Devices, describe, is_first
-from ..rundir import Results, RunDirectory
+from ..devices import Devices
 from .cases import PROBLEMS, Size
 from .fit import Budget, Case, learn
 from .report import summary, write_report
@@ -94,14 +93,13 @@ def run(config: Config) -> dict[str, Any]:
     results = Results(config.out / "units")
     missing = [unit for unit in todo if not results.has(unit.name)]
     cases: dict[str, Case] = {}
-    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="units", unit="unit") as bar:
+    with ProgressBar(len(todo), "units", "unit", done=len(todo) - len(missing)) as bar:
         for unit in missing:
-            bar.set_postfix_str(unit.name)
             if unit.problem not in cases:
                 cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config), layout)}  # one at a time in memory
             result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations), layout)
             results.keep(unit.name, {"problem": unit.problem, "variant": unit.variant} | result)
-            bar.update()
+            bar.update(note=unit.name)
     directory.close()
     found = results.read(unit.name for unit in todo)
     metrics = {"results": [summary(result) for result in found]}

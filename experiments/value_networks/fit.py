@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.objective import Rollout, Rows
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
+from ctrl_diffusion.rollout import Rollout, Rows, over_paths
 
 from .variants import Variant
 
@@ -79,9 +79,7 @@ class Learned(NamedTuple):
 
 def take_paths(rollout: Rollout, chosen: Int[Array, " p"]) -> Rollout:
     """Some paths of a batch."""
-    names = ("x", "noise", "a_old", "a_ref", "x_hat", "r_hat")
-    some = {name: getattr(rollout, name)[:, chosen] for name in names}
-    return rollout._replace(reward=rollout.reward[chosen], **some)
+    return over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), rollout)
 
 
 def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p for _, p in networks))
     rate = optax.cosine_decay_schedule(budget.learning_rate, budget.iterations * budget.updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
-    critic = variant.critic(variant.form(networks[0][0], sampler.process.t0, sampler.process.t1), optimizer)
+    critic = variant.critic(variant.form(networks[0][0], sampler.process.t0, sampler.process.t1))
     rollouts, held = law.rollout, law.held_out
     if variant.noisy_reward:
         rollouts = rollouts._replace(r_hat=law.r_noisy)
@@ -125,10 +123,9 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
 
         def update(state: Learned, index):
             at = index // case.paths, index % case.paths
-            unused = jnp.zeros(0)
             x, x_hat, r_hat, goal = (v[at] for v in (some.x, some.x_hat, some.r_hat, target))
             at, x, x_hat, r_hat, goal = layout.constrain((at, x, x_hat, r_hat, goal), layout.batch)
-            rows = Rows(at[0], x, unused, unused, unused, unused, x_hat, r_hat, unused, goal, unused)
+            rows = Rows(at[0], x, jnp.ones_like(goal), x_hat=x_hat, r_hat=r_hat, target=goal)
             gradient = jax.grad(critic.error)(state.params, objective, rows)
             change, opt = optimizer.update(gradient, state.optimizer, state.params)
             return Learned(optax.apply_updates(state.params, change), opt), None
@@ -151,7 +148,7 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
     state, keys = layout.put((state, keys), layout.replicated)
     marks = np.linspace(0, budget.iterations, budget.evaluations + 1).astype(int).tolist()
     found = [measure(state.params, held, own)]
-    for start, stop in zip(marks, marks[1:]) if critic.optimizer is not None else ():
+    for start, stop in zip(marks, marks[1:]) if critic.learns else ():
         state = layout.paced(fit(state, rollouts, keys, start, stop))
         found.append(measure(state.params, held, own))
     square_soft, square_own = (np.stack([np.asarray(pair[i], np.float64) for pair in found], axis=1) for i in (0, 1))

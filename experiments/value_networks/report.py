@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ctrl_diffusion.runs.files import write_atomic
+
 from ..figures import FONT, png
-from ..files import write_atomic
 from .variants import BY_NAME, PANELS, VARIANTS, Panel, mean, optimum
 
 Result = Mapping[str, Any]

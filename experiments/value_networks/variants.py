@@ -5,8 +5,6 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import optax
-
 import ctrl_diffusion as cd
 from ctrl_diffusion.critics import (
     MartingaleCritic,
@@ -37,11 +35,6 @@ def lookahead(network: ValueNetwork, t0: float, t1: float) -> AbstractValue:
     return cd.LookaheadValue(t0, t1)
 
 
-def nothing_learned(value: AbstractValue, optimizer: optax.GradientTransformation) -> cd.Critic:
-    """A critic whose value stays as it is."""
-    return cd.Critic(value)
-
-
 class Variant(NamedTuple):
     """One arm. What is not said is the baseline's.
 
@@ -49,7 +42,7 @@ class Variant(NamedTuple):
         name: of its file and its row.
         label: in figures, within the panel.
         form: `(network, t0, t1) -> value`.
-        critic: `(value, optimizer) -> critic`; without an optimiser nothing is learned.
+        critic: `value -> critic`.
         noisy_reward: the reward branch sees the state `x` itself, `r(x)`, instead of its posterior mean, `r(x_hat)`.
         law: whose states it is trained and judged on: the `reference` or the `optimum` of a case.
         converges_to: the exact value that its loss is smallest at: `soft` or `mean`.
@@ -58,7 +51,7 @@ class Variant(NamedTuple):
     name: str
     label: str
     form: Callable[[ValueNetwork, float, float], AbstractValue] = cd.StructuredValue
-    critic: Callable[[AbstractValue, optax.GradientTransformation], cd.Critic] = SOFT
+    critic: Callable[[AbstractValue], cd.Critic] = SOFT
     noisy_reward: bool = False
     law: Callable[[Any], Any] = reference
     converges_to: Callable[[Any], Any] = soft
@@ -69,7 +62,7 @@ structured = partial(partial, cd.StructuredValue)
 VARIANTS: tuple[Variant, ...] = (
     Variant("structured", "structured"),
     Variant("plain", "plain network", plain),
-    Variant("lookahead", "r(x̂), not trained", lookahead, nothing_learned),
+    Variant("lookahead", "r(x̂), not trained", lookahead, cd.Critic),
     Variant("cos_1-cos", "cos, 1 − cos", structured(c_out=one_minus_cosine)),
     Variant("linear", "1 − s, s", structured(c_skip=one_minus, c_out=identity)),
     Variant("constant", "1, sin", structured(c_skip=one)),

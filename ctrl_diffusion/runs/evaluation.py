@@ -8,13 +8,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from ctrl_diffusion import Optimum, Reward, Sampler, optimality_gap, path_actions, sample_keys, step_kl, vendi_score
-from ctrl_diffusion.optimum import Estimate, mean_and_error
-from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
-from ctrl_diffusion.process import Cond
-from ctrl_diffusion.rewards import evaluate as evaluate_reward
+from ..diversity import vendi_score
+from ..objective import Objective
+from ..optimum import Estimate, Optimum, is_memoryless, mean_and_error, optimality_gap, reweighted_optimum
+from ..parallel import ONE_DEVICE, Layout, whole
+from ..process import Cond, DiffusionProcess
+from ..rewards import Reward, evaluate as evaluate_reward
+from ..sampler import Sampler, path_actions, step_kl
+from ..solvers import sample_keys
+from .progress import ProgressBar
 
 
 class Samples(NamedTuple):
@@ -77,16 +80,73 @@ class Evaluator:
         xs, rewards, kls = [], [], []
         keys = sample_keys(key, n)
         chunk = self.chunk
-        for i in tqdm(range(0, n, chunk), desc=f"sampling ({label})", unit="batch", leave=False):
-            rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)  # the last chunk repeats the last sample
-            given = self.layout.put(jax.tree.map(lambda v, rows=rows: v[rows], (keys, cond)), self.layout.batch)
-            x, kl = self.layout.paced(draw(*given))
-            keep = slice(0, min(chunk, n - i))
-            xs.append(whole(x)[keep])
-            rewards.append(whole(evaluate_reward(self.reward, x, given[1]))[keep])
-            if kl is not None:
-                kls.append(whole(kl)[keep])
+        with ProgressBar(-(-n // chunk), f"sampling ({label})", "batch", brief=True) as bar:
+            for i in range(0, n, chunk):
+                rows = jnp.minimum(jnp.arange(i, i + chunk), n - 1)  # the last chunk repeats the last sample
+                given = self.layout.put(jax.tree.map(lambda v, rows=rows: v[rows], (keys, cond)), self.layout.batch)
+                x, kl = self.layout.paced(draw(*given))
+                keep = slice(0, min(chunk, n - i))
+                xs.append(whole(x)[keep])
+                rewards.append(whole(evaluate_reward(self.reward, x, given[1]))[keep])
+                if kl is not None:
+                    kls.append(whole(kl)[keep])
+                bar.update()
         return Samples(np.concatenate(xs), np.concatenate(rewards), np.concatenate(kls) if kls else None)
+
+
+def evaluate(
+    objective: Objective,
+    reference: Any,
+    params: Any,
+    key: jax.Array,
+    *,
+    samples: int = 1024,
+    reference_samples: int = 4096,
+    chunk: int = 1024,
+    layout: Layout = ONE_DEVICE,
+) -> dict[str, float | bool | None]:
+    """What a policy is worth, what the best one would be, and the gap between them, from new samples without exploration.
+
+    Args:
+        objective: sampler, reward, price of path KL and conditions.
+        reference: parameters of the pre-trained network.
+        params: parameters of the policy.
+        key: of all samples.
+        samples: of the policy; at least 2.
+        reference_samples: that the optimum is estimated from; at least 2. Read it with `effective_sample_size`.
+        chunk: samples that are drawn together, by all devices; smaller ones take less memory.
+        layout: devices that share the work.
+
+    Returns:
+        `reward`, `path_kl` (nats), `objective` (`reward - kl_weight path_kl`), `optimality_gap` and `relative_gap` of the policy (1 at
+        the reference, 0 at the optimum), `reward_reference`, and of the best policy `optimum` (its objective), `optimum_reward`,
+        `optimum_path_kl`, `effective_sample_size` and `optimum_is_bound` (an upper bound: the reference remembers its start). Means
+        over samples, with standard errors under names that end in `_se`. What is not defined is `None`: the path KL and all that
+        depends on it where the sampler has no noise; the optimum and the gap also without a price, or where paths have conditions.
+
+    Raises:
+        TypeError: for a process with a running cost, which would be left out.
+        ValueError: for fewer samples than two.
+    """
+    sampler, kl_weight = objective.sampler, objective.kl_weight
+    if not isinstance(sampler.process, DiffusionProcess):
+        raise TypeError(
+            f"evaluate knows no running cost, which {type(sampler.process).__name__} may have: use a DiffusionProcess."
+        )
+    if samples < 2 or reference_samples < 2:
+        raise ValueError(
+            f"samples={samples} and reference_samples={reference_samples} must be at least 2: errors need several."
+        )
+    scales = objective.price_scales if sampler.is_stochastic else None
+    evaluator = Evaluator(sampler, objective.reward, reference, scales, chunk, layout)
+    keys = jax.random.split(key, 4)
+    conditions = objective.conditions or (lambda key, n: None)
+    before = evaluator.reference_samples(keys[0], reference_samples, conditions(keys[1], reference_samples))
+    after = evaluator.samples(params, keys[2], samples, conditions(keys[3], samples))
+    optimum, start = None, mean_and_error(before.rewards)
+    if kl_weight > 0 and objective.conditions is None and scales is not None:
+        optimum = reweighted_optimum(before.rewards, kl_weight, is_bound=not is_memoryless(sampler.process))
+    return summary(after, optimum, start, kl_weight) | optimum_metrics(optimum, start, reference_samples)
 
 
 def summary(samples: Samples, optimum: Optimum | None, reference_reward: Estimate, kl_weight: float) -> dict[str, float | None]:

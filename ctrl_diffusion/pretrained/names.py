@@ -56,38 +56,3 @@ def from_file(path: Path, array: np.ndarray) -> np.ndarray:
 def shape_in_file(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of `to_file` of an array of this shape."""
     return tuple(shape[i] for i in AXES.get((path[-1], len(shape)), range(len(shape))))
-
-
-UNET = Names(
-    renamed=(
-        (r"\bto_out\b", "to_out.0"),
-        (r"\bff\.enter\b", "ff.net.0.proj"),
-        (r"\bff\.leave\b", "ff.net.2"),
-        (r"\bdownsampler\b", "downsamplers.0.conv"),
-        (r"\bupsampler\b", "upsamplers.0.conv"),
-    )
-)
-
-VAE = Names(
-    renamed=(
-        (r"\b(attentions\.\d+)\.attention\b", r"\1"),
-        (r"\bto_out\b", "to_out.0"),
-        (r"\bdownsampler\b", "downsamplers.0.conv"),
-        (r"\bupsampler\b", "upsamplers.0.conv"),
-    ),
-    older=(
-        (r"\bquery\b", "to_q"),
-        (r"\bkey\b", "to_k"),
-        (r"\bvalue\b", "to_v"),
-        (r"\bproj_attn\b", "to_out.0"),
-    ),
-)
-
-
-def clip_text(positions: int) -> Names:
-    """Names of a text encoder with so many positions."""
-    return Names(
-        renamed=((r"\bto_([qkv])\b", r"\1_proj"), (r"\bto_out\b", "out_proj")),
-        older=((r"^text_model\.", ""),),
-        constants=(("embeddings.position_ids", np.arange(positions)[None]),),
-    )

@@ -1,4 +1,4 @@
-"""The law of the states that a policy is trained on: its own, a buffer of past paths, or the reference's."""
+"""Which paths a policy is trained on: its own, a replay buffer of past ones, or the reference's."""
 
 import abc
 from collections.abc import Callable
@@ -9,51 +9,56 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .objective import Rollout
-from .parallel import Layout
+from .parallel import WHOLE
 from .process import Params
+from .rollout import AXES, Rollout, over_paths
 
 Priority = Callable[[Float[Array, " n"]], Float[Array, " n"]]
 """Weights, at least 0, of stored paths by their rewards."""
 
 
-class AbstractStates(eqx.Module):
-    """Who samples, and what is kept."""
+class AbstractBehaviour(eqx.Module):
+    """The behaviour policy, which samples, and what is kept of its paths."""
 
-    def behaviour(self, params: Params, reference: Params) -> Params:
+    @property
+    def axes(self) -> Any:
+        """For every array of the buffer, the axis that counts paths (`parallel.WHOLE`: none); a prefix of its tree."""
+        return ()
+
+    def policy(self, params: Params, reference: Params) -> Params:
         """Parameters that sample the next batch of paths."""
         return params
 
     @abc.abstractmethod
     def init(self, rollout: Rollout) -> Any:
-        """An empty memory for rollouts of these shapes (`jax.ShapeDtypeStruct`s)."""
+        """An empty buffer for rollouts of these shapes (`jax.ShapeDtypeStruct`s)."""
 
     @abc.abstractmethod
-    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
-        """The new memory and the paths to train on, as many as `rollout` has."""
+    def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        """The new buffer and the paths to train on, as many as `rollout` has."""
 
 
-class OnPolicy(AbstractStates):
+class OnPolicy(AbstractBehaviour):
     """The policy's own paths, used in the iteration that made them."""
 
     def init(self, rollout: Rollout) -> Any:
         return ()
 
-    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
-        return memory, rollout
+    def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        return buffer, rollout
 
 
-class Reference(AbstractStates):
+class Reference(AbstractBehaviour):
     """Paths of the reference."""
 
-    def behaviour(self, params: Params, reference: Params) -> Params:
+    def policy(self, params: Params, reference: Params) -> Params:
         return reference
 
     def init(self, rollout: Rollout) -> Any:
         return ()
 
-    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
-        return memory, rollout
+    def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        return buffer, rollout
 
 
 def uniform(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -67,7 +72,7 @@ def positive_reward(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(jnp.sum(weights) > 0, weights, jnp.ones_like(weights))
 
 
-class Replay(AbstractStates):
+class ReplayBuffer(AbstractBehaviour):
     """The last `capacity` paths, first in first out; each iteration draws from them, with replacement.
 
     Exact for pathwise, matching and trajectory estimators, which hold for any law of states (`a_old` and `noise` of a stored path
@@ -81,6 +86,10 @@ class Replay(AbstractStates):
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1 path.")
 
+    @property
+    def axes(self) -> Any:
+        return AXES, WHOLE
+
     def init(self, rollout: Rollout) -> Any:
         if self.capacity < rollout.reward.shape[0]:
             raise ValueError(f"capacity={self.capacity} must hold at least one batch of {rollout.reward.shape[0]} paths.")
@@ -90,8 +99,8 @@ class Replay(AbstractStates):
 
         return over_paths(empty, rollout)._replace(t=jnp.zeros(rollout.t.shape, rollout.t.dtype)), jnp.zeros((), jnp.int32)
 
-    def update(self, key: Key[Array, ""], memory: Any, rollout: Rollout) -> tuple[Any, Rollout]:
-        stored, count = memory
+    def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
+        stored, count = buffer
         batch = rollout.reward.shape[0]
         rows = (count + jnp.arange(batch)) % self.capacity
 
@@ -104,24 +113,3 @@ class Replay(AbstractStates):
         chosen = jax.random.choice(key, self.capacity, (batch,), p=weights / jnp.sum(weights))
         drawn = over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), stored)._replace(t=rollout.t)
         return (stored, count + batch), drawn
-
-
-def memory_shardings(layout: Layout, memory: Any) -> Any:
-    """Shardings of a memory: its paths are divided over the devices."""
-
-    def shardings(v):
-        if isinstance(v, Rollout):
-            return over_paths(lambda axis, v: layout.batch(v, axis), v)._replace(t=layout.replicated(v.t))
-        return layout.replicated(v)
-
-    return jax.tree.map(shardings, memory, is_leaf=lambda v: isinstance(v, Rollout))
-
-
-def over_paths(fn, *rollouts: Rollout) -> Rollout:
-    """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is left to the caller."""
-    axes = {name: 0 if name in ("reward", "cond") else 1 for name in Rollout._fields if name != "t"}
-    fields = {
-        name: jax.tree.map(lambda *v, axis=axis: fn(axis, *v), *(getattr(r, name) for r in rollouts))
-        for name, axis in axes.items()
-    }
-    return Rollout(t=rollouts[0].t, **fields)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ..stable_diffusion.weights import Stored
+from .stored import Stored
 
 # Type by name: torch's, safetensors', numpy's.
 TYPES = {

@@ -1,15 +1,72 @@
 """The autoencoder between images and latents."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .blocks import AttentionFn, Images, Layers, PixelAttention, Resized, ResNetBlock, recomputed, upsample
-from .config import VAEConfig
+from .attention import AttentionFn
+from .config import Fixed, check_supported, groups_divide, one_per_block
+from .layers import Images, Layers, Resized, recomputed
+from .names import Names
+from .resnet import PixelAttention, ResNetBlock, upsample
 
 EPS = 1e-6  # of every norm
+NAMES = Names(
+    renamed=(
+        (r"\b(attentions\.\d+)\.attention\b", r"\1"),
+        (r"\bto_out\b", "to_out.0"),
+        (r"\bdownsampler\b", "downsamplers.0.conv"),
+        (r"\bupsampler\b", "upsamplers.0.conv"),
+    ),
+    older=(
+        (r"\bquery\b", "to_q"),
+        (r"\bkey\b", "to_k"),
+        (r"\bvalue\b", "to_v"),
+        (r"\bproj_attn\b", "to_out.0"),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """`AutoencoderKL`, in diffusers' names; the defaults are Stable Diffusion 1.5."""
+
+    sample_size: int = 512
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+
+    absent: ClassVar[Mapping[str, Any]] = {
+        "sample_size": 32,
+        "block_out_channels": (64,),
+        "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    }
+    fixed: ClassVar[Fixed] = {
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu", "swish"),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "mid_block_add_attention": (True,),
+    }
+    ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)  # the caller chooses the type that is computed in
+
+    def __post_init__(self):
+        for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            one_per_block(self, name, getattr(self, name), len(self.block_out_channels))
+            check_supported(name, set(getattr(self, name)), {block})
+        groups_divide(self)
 
 
 class Posterior(NamedTuple):

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from .names import Names, from_file, shape_in_file, to_file
+from .stored import Stored
 
 Network = TypeVar("Network", bound=nnx.Module)
 # (name of the parameter, its shape in the network) -> where it goes; None: the default device
@@ -24,16 +25,6 @@ Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, not read yet: `read()` does; `dtype` in safetensors' words."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 def find_files(folder: Path, stem: str) -> list[Path]:

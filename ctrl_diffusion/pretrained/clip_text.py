@@ -1,4 +1,4 @@
-"""The text encoder: CLIP's text transformer."""
+"""The text tower of CLIP."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .blocks import Attention, AttentionFn, Layers, Sequence, erf_gelu, quick_gelu, recomputed
-from .config import CLIPTextConfig
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
-Config = Any  # `CLIPTextConfig`, or another description with the same entries: hidden_size, intermediate_size, hidden_act, ...
+from .attention import AttentionFn
+from .clip_config import CLIPTextConfig
+from .layers import Layers, Sequence
+from .transformer import Encoder
 
 
 class TextFeatures(NamedTuple):
@@ -31,46 +30,6 @@ class Embeddings(nnx.Module):
 
     def __call__(self, ids: Int[Array, "b n"]) -> Sequence:
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
-
-
-class MLP(nnx.Module):
-    """`fc2(act(fc1(x)))`."""
-
-    def __init__(self, config: Config, layers: Layers):
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = layers.linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = layers.linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: Sequence) -> Sequence:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class EncoderLayer(nnx.Module):
-    """Self-attention and an MLP, each added to its input after a norm."""
-
-    def __init__(self, config: Config, layers: Layers, causal: bool):
-        width = config.hidden_size
-        self.layer_norm1, self.layer_norm2 = (layers.layer_norm(width, config.layer_norm_eps) for _ in range(2))
-        self.self_attn = Attention(width, width, config.num_attention_heads, layers, bias=True, causal=causal)
-        self.mlp = MLP(config, layers)
-
-    def __call__(self, x: Sequence) -> Sequence:
-        y = self.layer_norm1(x)
-        x = x + self.self_attn(y, y)
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Encoder(nnx.Module):
-    """The stack of layers; `causal`: position `n` sees those up to `n` alone."""
-
-    def __init__(self, config: Config, layers: Layers, remat: bool, causal: bool = True):
-        self.remat = remat
-        self.layers = nnx.List([EncoderLayer(config, layers, causal) for _ in range(config.num_hidden_layers)])
-
-    def __call__(self, x: Sequence) -> Sequence:
-        for layer in self.layers:
-            x = recomputed(layer, self.remat)(x)
-        return x
 
 
 class CLIPText(nnx.Module):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..stable_diffusion.config import CLIPTextConfig, Fixed, check_supported, parse_config
+from .config import Fixed, check_supported, parse_config
 
 # What transformers of some age wrote into every description, of generation and bookkeeping: nothing that a tower computes with.
 BOOKKEEPING = (
@@ -43,6 +43,41 @@ BOOKKEEPING = (
     *("suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings"),
     *("tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """`CLIPTextModel`, in transformers' names; the defaults are Stable Diffusion 1.5.
+
+    `eos_token_id=2` is what old files say and means "the largest token", as transformers does for them.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    absent: ClassVar[Mapping[str, Any]] = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    fixed: ClassVar[Fixed] = {
+        "model_type": ("clip_text_model",),
+        "architectures": (("CLIPTextModel",), None),
+        "attention_dropout": (0,),
+        "dropout": (0,),
+    }
+    ignored: ClassVar[tuple[str, ...]] = (
+        *("bos_token_id", "pad_token_id", "projection_dim"),  # the tokenizer adds tokens; CLIPTextModel has no projection
+        *("initializer_factor", "initializer_range", "torch_dtype", "dtype", "transformers_version"),
+    )
+
+    def __post_init__(self):
+        check_supported("hidden_act", {self.hidden_act}, {"quick_gelu", "gelu"})
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..stable_diffusion.blocks import AttentionFn, Layers, Sequence
-from ..stable_diffusion.clip_text import CLIPText, Encoder
-from .config import CLIPConfig, VisionConfig
-from .pixels import Images
+from .attention import AttentionFn
+from .clip_config import CLIPConfig, VisionConfig
+from .clip_text import CLIPText
+from .layers import Layers, Sequence
+from .transformer import Encoder
+
+Images = Float[Array, "b h w 3"]
 
 
 class PatchEmbeddings(nnx.Module):
@@ -84,7 +87,7 @@ class CLIP(nnx.Module):
         dtype: what is computed in; default: the parameters' type.
         param_dtype: of the parameters.
         remat: recompute the insides of every layer for the gradient.
-        attention: see `stable_diffusion.Layers`.
+        attention: see `Layers`.
         rngs: random numbers for the initial parameters.
     """
 

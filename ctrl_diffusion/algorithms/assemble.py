@@ -1,0 +1,81 @@
+"""The middle of an iteration: values, targets and the estimator's signal, laid out as rows, and dealt out to minibatches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ..chunks import in_chunks
+from ..estimators import Models
+from ..objective import Objective
+from ..rollout import Rollout, Rows, over_paths
+from ..solvers import sample_keys
+from .recipe import Recipe
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def prepare(
+    recipe: Recipe, fixed: Any, key: Key[Array, ""], models: Models, kl_weight: Any, rollout: Rollout
+) -> tuple[Rows, Metrics]:
+    """Values, targets and signals, as rows, path by path, so that a device has whole paths."""
+    objective, critic, training, starts = recipe.bound(fixed, kl_weight), recipe.critic, recipe.training, recipe.starts
+    values = critic.values(models.value, rollout)
+    target = critic.targets(objective, rollout, values)
+    signal = _signal(recipe, objective, models, rollout, values)
+    n, batch = values.shape[0] - 1, values.shape[1]
+    read = recipe.estimator.fields(objective).rows
+    columns: dict[str, Any] = {"j": jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch)), "x": rollout.x[:-1]}
+    columns |= {"weight": jnp.ones((n, batch), target.dtype)}
+    columns |= {name: getattr(rollout, name) for name in ("noise", "a_old", "a_ref") if name in read}
+    columns |= {"x_next": rollout.x[1:]} if "x_next" in read else {}
+    columns |= {"x_hat": rollout.x_hat, "r_hat": rollout.r_hat, "target": target} if recipe.learns_value else {}
+    columns |= {"cond": jax.tree.map(lambda v: jnp.broadcast_to(v, (n,) + v.shape), rollout.cond)}
+    some = columns if len(starts) == n else jax.tree.map(lambda v: v[starts], columns)
+    rows = Rows(**some, signal=signal)
+    metrics = {} if signal is None else {"signal_std": jnp.std(signal)}
+    if recipe.learns_value:
+        residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
+        metrics["value_explained_variance"] = 1 - residual
+    if training.times is not None:
+        rows = training.times(key, objective.sampler.ts[starts], rows)
+    rows = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), rows)
+    if not recipe.estimator.whole_paths:
+        rows = jax.tree.map(lambda v: v.reshape((recipe.rows,) + v.shape[2:]), rows)
+    return rows, metrics
+
+
+def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Any:
+    """The estimator's signal; where it takes networks, of as many paths at a time as are sampled at a time."""
+    estimator, critic = recipe.estimator, recipe.critic
+    if recipe.training.rollouts == 1 or not estimator.signal_is_of_paths:
+        return estimator.signal(objective, critic, models, rollout, values)
+
+    def of_part(paths: Rollout, values):
+        part = over_paths(lambda axis, v: jnp.moveaxis(v, 0, axis), paths)._replace(t=rollout.t)
+        signal = estimator.signal(objective, critic, models, part, values.T)
+        assert signal is not None  # of estimators that treat paths independently
+        return jnp.moveaxis(signal, 1, 0)
+
+    paths = over_paths(lambda axis, v: jnp.moveaxis(v, axis, 0), rollout)._replace(t=None)  # pyright: ignore[reportArgumentType]
+    return jnp.moveaxis(in_chunks(of_part, recipe.paths_of_a_part)(paths, values.T), 0, 1)
+
+
+def shuffle(recipe: Recipe, key: Key[Array, ""]) -> Int[Array, "minibatches m"]:
+    """Which rows each minibatch has; stratified: which of each group of `minibatches` rows."""
+    training, batch, per_path = recipe.training, recipe.training.batch, recipe.rows_of_a_path
+    if training.stratified:
+        dealt = jax.vmap(lambda key: jax.random.permutation(key, training.minibatches), out_axes=1)
+        return dealt(sample_keys(key, recipe.rows_of_a_minibatch))
+    order = jax.random.permutation(key, recipe.rows).reshape(training.minibatches, -1)
+    return order if recipe.estimator.whole_paths else order % batch * per_path + order // batch
+
+
+def select(recipe: Recipe, rows: Rows, order: Int[Array, "minibatches m"], i: Any) -> Rows:
+    """The rows of minibatch `i`."""
+    if not recipe.training.stratified:
+        return jax.tree.map(lambda v: v[order[i]], rows)
+    groups = (recipe.rows_of_a_minibatch, recipe.training.minibatches)
+    grouped = jax.tree.map(lambda v: v.reshape(groups + v.shape[1:]), rows)
+    return jax.vmap(lambda group, j: jax.tree.map(lambda v: v[j], group))(grouped, order[i])

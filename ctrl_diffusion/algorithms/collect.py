@@ -1,0 +1,129 @@
+"""The first half of an iteration: sample paths, annotate them with actions, reward their ends, and remember them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ..process import Cond, Params
+from ..rewards import Reward, evaluate, evaluate_parts
+from ..rollout import Rollout, over_paths
+from ..sampler import Trajectory, path_actions
+from ..solvers import sample_keys
+from .recipe import Recipe
+
+
+class Keys(NamedTuple):
+    """Keys of an iteration, each used for one thing."""
+
+    paths: Key[Array, ""]
+    shuffles: list[Key[Array, ""]]
+    conditions: Key[Array, ""]
+    replay: Key[Array, ""]
+    times: Key[Array, ""]
+
+
+class Annotated(NamedTuple):
+    """What is known of paths that wait for their rewards; the fields of `paths` that a `Trajectory` has are still `None`.
+
+    `guesses` are the estimates of the final state that are rewarded, path by path, with the conditions of the paths that they lie on;
+    `None` where the value uses no such reward.
+    """
+
+    paths: Rollout
+    ends: Float[Array, "b *x"]
+    guesses: tuple[Float[Array, "bn *x"], Cond] | None
+
+
+def split(recipe: Recipe, key: Key[Array, ""]) -> Keys:
+    """The keys of an iteration."""
+    paths, shuffles, *others = jax.random.split(key, 5)
+    return Keys(paths, list(jax.random.split(shuffles, recipe.training.epochs)), *others)
+
+
+def draw(recipe: Recipe, key: Key[Array, ""]) -> Cond:
+    """The conditions of an iteration."""
+    return recipe.conditions(key)
+
+
+def sample(recipe: Recipe, fixed: Any, key: Key[Array, ""], params: Params, cond: Cond, part: Any) -> tuple[Trajectory, Cond]:
+    """Paths of one part, and their conditions."""
+    size = recipe.paths_of_a_part
+    keys = sample_keys(key, size, part * size)
+    cond = recipe.divided(jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, part * size, size), cond), 0)
+    sampler = recipe.bound(fixed, 0.0).sampler
+    return recipe.objective.exploration.trajectory(sampler, params, recipe.divided(keys, 0), cond), cond
+
+
+def annotate(recipe: Recipe, fixed: Any, params: Params, reference: Params, path: Trajectory, cond: Cond) -> Annotated:
+    """Old and reference actions of one part, what they cost, and estimates of the final state; what nothing reads is not kept."""
+    sampler, objective, value = recipe.bound(fixed, 0.0).sampler, recipe.objective, recipe.critic.value
+    a_old, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
+    x_hat = guesses = None
+    if value.uses_reward:
+        guide, action = (params, a_old) if recipe.denoise_with_policy else (reference, a_ref)
+        rows = (path.t[:-1], path.x[:-1], action)
+        x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row, cond), rows)
+        n, size = x_hat.shape[:2]
+        by_path = jnp.swapaxes(x_hat, 0, 1).reshape((size * n,) + x_hat.shape[2:])
+        guesses = by_path, jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
+    price, log_ratio = objective.step_prices(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, path.noise)
+    kept = {name: v for name, v in {"a_old": a_old, "a_ref": a_ref}.items() if name in recipe.declared}
+    x_hat = x_hat if value.uses_x_hat else None
+    paths = Rollout(None, None, None, price, log_ratio, x_hat=x_hat, cond=cond, **kept)  # pyright: ignore[reportArgumentType]
+    return Annotated(paths, path.x[-1], guesses)
+
+
+def reward(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
+    """A part with its rewards, and the terms that they are sums of. Not a program: a reward may run on the host."""
+    judge: Reward = recipe.bound(fixed, 0.0).reward
+    paths, ends, guesses = _recorded(recipe, path, annotated)
+    r, terms = evaluate_parts(judge, ends, paths.cond)
+    r_hat = None if guesses is None else evaluate(judge, *guesses).reshape(-1, recipe.objective.intervals).T
+    return paths._replace(reward=r, r_hat=r_hat), terms
+
+
+def reward_shapes(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
+    """Shapes of what `reward` returns, for shapes."""
+    paths, ends, guesses = _recorded(recipe, path, annotated)
+    r = jax.ShapeDtypeStruct(ends.shape[:1], ends.dtype)
+    r_hat = None if guesses is None else jax.ShapeDtypeStruct(paths.price.shape, ends.dtype)
+    return paths._replace(reward=r, r_hat=r_hat), {part.name: r for _, part in recipe.objective.reward.parts}  # pyright: ignore[reportArgumentType]
+
+
+def _recorded(recipe: Recipe, path: Trajectory, annotated: Annotated) -> Annotated:
+    """With the states, and with the noise where something reads it."""
+    noise = path.noise if "noise" in recipe.declared else None
+    return annotated._replace(paths=annotated.paths._replace(t=path.t, x=path.x, noise=noise))
+
+
+def join(recipe: Recipe, parts: list[Rollout], terms: list[dict[str, Any]]) -> tuple[Rollout, dict[str, Any]]:
+    """The paths of an iteration and the terms of their rewards, from those of its parts."""
+    whole = over_paths(lambda axis, *v: jnp.concatenate(v, axis), *parts)
+    return whole, jax.tree.map(lambda *v: jnp.concatenate(v), *terms)
+
+
+def remember(recipe: Recipe, key: Key[Array, ""], buffer: Any, fresh: Rollout) -> tuple[Any, Rollout]:
+    """The buffer with the fresh paths, and the paths to train on."""
+    return recipe.behaviour.update(key, buffer, fresh)
+
+
+def empty_buffer(recipe: Recipe) -> Any:
+    """A replay buffer without paths, for paths with the fields that the recipe's parts read."""
+    sampler, training = recipe.objective.sampler, recipe.training
+    ts, n, b = sampler.ts, recipe.objective.intervals, training.batch
+
+    def like(*axes: int) -> Any:
+        return jax.ShapeDtypeStruct(axes, sampler.dtype)
+
+    states, interval, value = like(n + 1, b, *sampler.shape), like(n, b, *sampler.shape), recipe.critic.value
+    cond = jax.eval_shape(recipe.conditions, jax.random.key(0))
+    return recipe.behaviour.init(
+        Rollout(
+            like(*ts.shape), states, like(b), like(n, b), like(n, b),
+            **{name: interval for name in ("noise", "a_old", "a_ref") if name in recipe.declared},
+            x_hat=interval if value.uses_reward and value.uses_x_hat else None,
+            r_hat=like(n, b) if value.uses_reward else None, cond=cond,
+        )
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""What an algorithm is composed of, checked, and the numbers that follow from it."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ..critics import Critic, soft_error
+from ..estimators import AbstractEstimator, Calls
+from ..estimators.base import require_price
+from ..objective import Objective
+from ..parallel import Layout
+from ..process import Cond
+from ..replay import AbstractBehaviour
+from ..trust import AbstractTrustRegion, FirstOrder
+from .training import Training
+
+
+class Recipe(NamedTuple):
+    """The parts of an algorithm. Every function of an iteration is given them first.
+
+    Attributes:
+        objective: what is maximised, on which chain.
+        estimator: of the policy's gradient.
+        critic: what a state is worth.
+        training: batch, passes, optimisers.
+        behaviour: whose paths are trained on.
+        denoise_with_policy: see `compose`.
+    """
+
+    objective: Objective
+    estimator: AbstractEstimator
+    critic: Critic
+    training: Training
+    behaviour: AbstractBehaviour
+    denoise_with_policy: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """The devices that share the work."""
+        return self.training.layout
+
+    @property
+    def trust_region(self) -> AbstractTrustRegion:
+        """How the policy moves."""
+        policy = self.training.policy
+        return policy if isinstance(policy, AbstractTrustRegion) else FirstOrder(policy)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The control intervals that rows are made of."""
+        return self.estimator.starts(self.objective)
+
+    @property
+    def declared(self) -> frozenset[str]:
+        """The state-sized fields of a rollout that something reads."""
+        paths, rows = self.estimator.fields(self.objective)
+        return paths | rows
+
+    @property
+    def learns_value(self) -> bool:
+        """Whether updates change the value."""
+        return self.critic.learns and self.training.value is not None
+
+    @property
+    def rows_of_a_path(self) -> int:
+        """Rows that a path makes (times), where whole paths are not rows themselves."""
+        return len(self.starts) if self.training.times is None else self.training.times.number
+
+    @property
+    def rows(self) -> int:
+        """Rows of an iteration."""
+        return self.training.batch * (1 if self.estimator.whole_paths else self.rows_of_a_path)
+
+    @property
+    def rows_of_a_minibatch(self) -> int:
+        """Rows of an update."""
+        return self.rows // self.training.minibatches
+
+    @property
+    def paths_of_a_part(self) -> int:
+        """Paths that are sampled at a time."""
+        return self.training.batch // self.training.rollouts
+
+    def divided(self, tree: Any, axis: int) -> Any:
+        """Inside a program: over the devices, by samples."""
+        return self.layout.constrain(tree, lambda tree: self.layout.batch(tree, axis))
+
+    def conditions(self, key: Any) -> Cond:
+        """Conditions of an iteration's paths, `[batch, ...]`."""
+        return None if self.objective.conditions is None else self.objective.conditions(key, self.training.batch)
+
+    def fixed(self) -> Any:
+        """The arrays that control and reward hold, which nothing changes: arguments of the programs, placed on the devices."""
+        fixed = _arrays_and_rest(self.objective)[0]
+        if any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(fixed)):
+            return fixed
+        return self.layout.put(fixed, self.layout.parameters)
+
+    def bound(self, fixed: Any, kl_weight: Any) -> Objective:
+        """The objective with these arrays and this temperature."""
+        control, reward = eqx.combine(fixed, _arrays_and_rest(self.objective)[1])
+        where = (self.layout.gathering(control), reward, kl_weight)
+        return eqx.tree_at(lambda o: (o.sampler.control, o.reward, o.kl_weight), self.objective, where)
+
+    def calls(self) -> Calls:
+        """What an iteration evaluates, in samples: paths with old and reference actions, the signal, and the losses."""
+        states, estimator, uses_reward = (
+            self.objective.intervals * self.training.batch,
+            self.estimator,
+            self.critic.value.uses_reward,
+        )
+        signal, loss = estimator.signal_calls(self.critic), estimator.loss_calls(self.objective, self.critic)
+        evaluated = self.trust_region.loss_evaluations(self.rows, self.training.epochs)
+        sampled = self.objective.exploration.substeps_per_interval + 2
+        return Calls(
+            sampled * states + signal.network * states + loss.network * evaluated,
+            signal.gradient * states + loss.gradient * evaluated,
+            self.training.batch + (uses_reward + signal.reward) * states + loss.reward * evaluated,
+        )
+
+    def check(self) -> None:
+        """`ValueError` for parts that do not go together, by name and with the remedy."""
+        training, estimator = self.training, self.estimator
+        counts = {"batch": training.batch, "epochs": training.epochs, "rollouts": training.rollouts}
+        for name, number in (counts | ({} if training.times is None else {"times.number": training.times.number})).items():
+            if number < 1:
+                raise ValueError(f"{name}={number} must be at least 1.")
+        estimator.check(self.objective, self.critic)
+        if self.critic.loss is soft_error and self.learns_value:
+            require_price(self.objective, "the soft error of a value")
+        if training.kl_target is not None:
+            training.kl_target.check()
+            require_price(self.objective, f"kl_target={training.kl_target}, a temperature that follows a target,")
+        if training.times is not None and estimator.whole_paths:
+            raise ValueError(f"times={training.times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
+        self._check_divisions()
+
+    def _check_divisions(self) -> None:
+        """Minibatches, rollouts, microbatches and devices must divide what they divide."""
+        training, layout, batch, parts = self.training, self.layout, self.training.batch, self.training.accumulation
+        if training.minibatches < 1 or self.rows % training.minibatches:
+            drawn = "intervals" if training.times is None else "times.number"
+            of_times = f"batch * {drawn} = {batch} * {self.rows_of_a_path} = {self.rows}"
+            what = f"batch = {batch}" if self.estimator.whole_paths else of_times
+            raise ValueError(f"minibatches={training.minibatches} must divide {what}.")
+        if batch % training.rollouts:
+            raise ValueError(f"rollouts={training.rollouts} must divide batch={batch}.")
+        name = "batch" if training.rollouts == 1 else f"batch / {training.rollouts} rollouts"
+        layout.check_batch(name, self.paths_of_a_part)
+        rows = self.rows_of_a_minibatch
+        layout.check_batch(f"rows of a minibatch over accumulation, {rows} / {parts}", rows // max(parts, 1))
+        if parts < 1 or rows % parts:
+            raise ValueError(f"accumulation={parts} must divide the rows of a minibatch, {rows}.")
+        if parts > 1 and self.trust_region.once and not self.estimator.is_mean:
+            raise ValueError(
+                f"accumulation={parts}: a natural gradient needs a loss that is a mean over rows, and that of "
+                f"{type(self.estimator).__name__} is a statistic of a whole minibatch; use accumulation=1."
+            )
+
+
+def _arrays_and_rest(objective: Objective) -> tuple[Any, Any]:
+    return eqx.partition((objective.sampler.control, objective.reward), _is_array)
+
+
+def _is_array(v: Any) -> bool:
+    return isinstance(v, jax.Array | np.ndarray | jax.ShapeDtypeStruct)

@@ -1,0 +1,97 @@
+"""Descriptions of the networks, read from their `config.json`: whatever is not implemented is refused by name and value.
+
+Each class has the entries that are free; `fixed` lists those that must have one of the given values (the first is what a file
+without the entry means), and `ignored` those that change nothing here. An entry in none of the three is refused unless it is
+null.
+"""
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+Config = TypeVar("Config")
+Fixed = Mapping[str, tuple[Any, ...]]
+
+
+def read_config(cls: type[Config], path: Path) -> Config:
+    """The description in a `config.json`; errors name the file, the entry, its value and what is supported."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it must hold a JSON object.")
+        return parse_config(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The same from a dictionary."""
+    description: Any = cls
+    free = {field.name: field.type for field in dataclasses.fields(description)}
+    fixed, arguments = description.fixed, dict(description.absent)
+    for name, value in values.items():
+        value = _tuples(value)
+        if name in free:
+            if not _fits(value, free[name]):
+                raise ValueError(f"{name}={value!r} is not supported: it must be {_spell(free[name])}.")
+            arguments[name] = float(value) if free[name] is float else value
+        elif name in fixed:
+            if value not in fixed[name]:
+                raise ValueError(f"{name}={value!r} is not supported: it must be {_either(fixed[name])}.")
+        elif value is not None and name not in description.ignored and not (name.startswith("_") and name != "_class_name"):
+            raise ValueError(
+                f"{name}={value!r} is not supported: this library does not know the entry. Set it to null or remove it if the "
+                "network does not depend on it."
+            )
+    return cls(**arguments)
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """What to write into a `config.json`: every free and every fixed entry."""
+    return {name: values[0] for name, values in config.fixed.items()} | dataclasses.asdict(config)
+
+
+def one_per_block(config: Any, name: str, values: tuple, blocks: int) -> None:
+    if len(values) != blocks:
+        raise ValueError(f"{name}={values} must have one entry per entry of block_out_channels={config.block_out_channels}.")
+
+
+def check_supported(name: str, values: set, supported: set) -> None:
+    for value in sorted(values - supported):
+        raise ValueError(f"{name} has {value!r}, which is not supported: it must be {_either(sorted(supported))}.")
+
+
+def groups_divide(config: Any) -> None:
+    for channels in config.block_out_channels:
+        if channels % config.norm_num_groups:
+            raise ValueError(f"norm_num_groups={config.norm_num_groups} must divide block_out_channels={channels}.")
+
+
+def _either(values: Any) -> str:
+    return " or ".join(map(repr, values))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _spell(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from a JSON file is of the annotated type; an int may stand for a float, a bool not for an int."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        each = get_args(annotation)
+        each = each[:1] * len(value) if isinstance(value, tuple) and each[-1] is Ellipsis else each
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))

@@ -1,0 +1,59 @@
+"""Tensors in files, not read yet, and views of them in the names and shapes that networks have."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .names import Names
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet: `read()` does; `dtype` in safetensors' words."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def by_todays_names(found: Mapping[str, Stored], names: Names) -> dict[str, Stored]:
+    """Tensors of a file by what they are called today."""
+    renamed: dict[str, Stored] = {}
+    for name, stored in found.items():
+        today = names.today(name)
+        if today in renamed:
+            raise ValueError(f"{stored.file}: tensors {stored.name!r} and {renamed[today].name!r} are the same one.")
+        renamed[today] = stored
+    return renamed
+
+
+def viewed(stored: Stored, shape: tuple[int, ...], view: Callable[[np.ndarray], np.ndarray]) -> Stored:
+    """A tensor that is a view of a stored one."""
+    return stored._replace(shape=shape, read=lambda: view(stored.read()))
+
+
+def transposed(stored: Stored) -> Stored:
+    """A matrix with its axes exchanged."""
+    return viewed(stored, stored.shape[::-1], np.transpose)
+
+
+def thirds(stored: Stored) -> tuple[Stored, Stored, Stored]:
+    """Queries, keys and values, which lie in one tensor one after the other."""
+    rows = stored.shape[0] // 3
+    if stored.shape[0] % 3:
+        raise ValueError(
+            f"{stored.file}: tensor {stored.name!r} is {list(stored.shape)}: its first axis must be a multiple of 3."
+        )
+
+    def part(i: int) -> Stored:
+        return viewed(stored, (rows, *stored.shape[1:]), functools.partial(_rows, i * rows, (i + 1) * rows))
+
+    return part(0), part(1), part(2)
+
+
+def _rows(begin: int, end: int, array: np.ndarray) -> np.ndarray:
+    return array[begin:end]

@@ -1,0 +1,157 @@
+"""Settings of `experiments.digits`, what is refused before anything is written, and what tells runs apart."""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ctrl_diffusion.rewards import as_reward
+
+from .. import data as datasets
+from ..algorithm_registry import choose
+from ..devices import Devices
+from ..reward_registry import OF_DIGITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run. Times are control time: 0 is noise, 1 is data. Training and sampling derive from `seed`."""
+
+    out: Path = Path("runs/digits")
+    """Folder for models, logs, figures and the report."""
+    reward: str = "digit"
+    """What to fine-tune for: digit (log-probability of one digit under a frozen classifier, nats), ink (inked pixels),
+    holes (count; black box), bytes (minus compressed size; black box)."""
+    digit: int = 3
+    """Which digit the reward "digit" asks for, 0 to 9."""
+    algorithm: str = "score_as_action"
+    """How to fine-tune: score_as_action (PPO), score_as_action_trpo, score_as_action_published, ddpo, dpok, flow_grpo, vard,
+    soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, nabla_db, path_consistency."""
+    kl_weight: float | None = None
+    """Temperature lambda: price of path KL in reward units per nat. Default: the reward's own (digit 1, ink 1.5, holes 0.25,
+    bytes 1.5), and 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a price."""
+    eta: float = 1.0
+    """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action)."""
+    steps: int = 24
+    """Control intervals between noise and data."""
+    exploration: Literal["brownian", "action"] = "brownian"
+    """Explore by the SDE's own noise, or by action noise held over each control interval."""
+    exploration_strength: float | None = None
+    """Action noise in units of 1/g (default: 0.5; only with --exploration action)."""
+    exploration_substeps: int | None = None
+    """Solver steps per control interval while exploring (default: 1; only with --exploration action)."""
+    pretrain_steps: int = 3000
+    """Optimiser steps of pre-training."""
+    pretrain_batch: int = 256
+    """Images per pre-training step."""
+    pretrain_learning_rate: float = 2e-3
+    """Peak Adam learning rate of pre-training (cosine decay)."""
+    width: int = 256
+    """Features of the residual network."""
+    depth: int = 3
+    """Residual blocks of the network."""
+    iterations: int = 90
+    """Fine-tuning iterations: sample, evaluate, update."""
+    batch: int = 512
+    """Paths per iteration."""
+    epochs: int = 2
+    """Passes over the paths of an iteration."""
+    minibatches: int = 8
+    """Updates per pass; must divide batch * steps."""
+    learning_rate: float = 2e-4
+    """Peak Adam learning rate of the policy (warm-up over the first iteration, cosine decay to a tenth)."""
+    value_learning_rate: float = 2e-3
+    """Adam learning rate of the value network."""
+    clip: float | None = None
+    """The likelihood ratio of a step is clipped to 1 +- clip (default: 0.2; inf: not clipped), where an algorithm has one."""
+    kl_radius: float | None = None
+    """Path KL of an update, nats (default: 0.05; only with --algorithm score_as_action_trpo)."""
+    horizon: float | None = None
+    """Decay time of the advantages, control time (default: 0, single value increments; inf: Monte Carlo returns), where an algorithm has
+    one."""
+    kl_target: float | None = None
+    """The temperature follows this path KL, nats, from iteration to iteration; the run is then judged at the last temperature."""
+    kl_budget: float | None = None
+    """Stop when the samples' path KL to the pre-trained model exceeds this many nats."""
+    reference_samples: int = 16384
+    """Reference samples that the optimum is estimated from."""
+    evaluation_samples: int = 4096
+    """Samples of the final evaluation (a quarter of them during the run)."""
+    evaluate_every: int = 10
+    """Iterations between evaluations."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+    seed: int = 0
+    """Seed of everything random."""
+    accumulation: int = 1
+    """Parts that the rows of an update are worked through in, one after the other: less memory, the same update."""
+    stratified: bool = False
+    """Deal each group of consecutive rows out to the minibatches instead of shuffling all: nothing moves between devices."""
+    scan_minibatches: bool = False
+    """Make a pass over the minibatches one program: faster updates on CPUs."""
+    average: float | None = None
+    """Decay per update of a running average of the parameters, which is then evaluated and saved (as 0.99; default: none)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
+    use_previous_checkpoint: bool = False
+    """If the newest checkpoint cannot be read, delete it and resume from the one before."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well (needs the package wandb)."""
+    devices: Devices = Devices()
+    """Devices that share the run."""
+
+
+NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "wandb")
+"""Settings that may change when a run is continued."""
+
+
+def check(config: Config, reward, images: datasets.Images) -> float:
+    """Refuse settings that cannot work, by name, before anything is written; returns the price."""
+    if reward is None and config.reward not in OF_DIGITS:
+        close = difflib.get_close_matches(config.reward, OF_DIGITS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"reward={config.reward!r} is not one of {', '.join(OF_DIGITS)}.{hint}")
+    if reward is None and config.reward == "digit" and images.y is None:
+        raise ValueError('reward="digit" needs labelled data: choose ink, holes or bytes, or pass reward=...')
+    if not 0 <= config.digit <= 9:
+        raise ValueError(f"digit={config.digit} must be from 0 to 9.")
+    if config.kl_weight is not None and not config.kl_weight >= 0:
+        raise ValueError(
+            f"kl_weight={config.kl_weight} must not be negative: it is the temperature, the price of a nat of path KL."
+        )
+    if config.kl_budget is not None and not config.kl_budget > 0:
+        raise ValueError(f"kl_budget={config.kl_budget} must be positive: it is the path KL, in nats, that stops the run.")
+    for name in ("steps", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "evaluate_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    for name in ("exploration_strength", "exploration_substeps"):
+        if config.exploration != "action" and getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)} is of action noise: pass --exploration action, or leave it out.")
+    if config.reference_samples < 2 or config.evaluation_samples < 8:
+        raise ValueError(
+            "reference_samples and evaluation_samples must be at least 2 and 8: standard errors need several samples."
+        )
+    choice = choose(config.algorithm)
+    if config.kl_weight is None:
+        if not choice.priced:
+            return 0.0
+        if reward is not None:
+            raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
+        return OF_DIGITS[config.reward].kl_weight
+    return config.kl_weight
+
+
+def identifying(config: Config, kl_weight: float, reward, data, network) -> dict[str, Any]:
+    """What identifies a run, as JSON."""
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in NOT_IDENTIFYING} | {
+        "kl_weight": kl_weight
+    }
+    if reward is not None:
+        settings["reward"] = f"custom: {as_reward(reward).name}"
+    if data is not None:
+        settings["data"] = f"custom: {np.shape(data)}"
+    settings["network"] = type(network).__name__
+    return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in settings.items()}
