@@ -16,6 +16,7 @@ from ctrl_diffusion.chunks import in_chunks
 from ctrl_diffusion.stable_diffusion import GuidedScore, Noising
 from tests.parallel_cases import BATCH, CASES, CONTROL, EXACT, PARAMS, PHI, PROCESS, STEPS, layouts
 
+pytestmark = pytest.mark.unoptimised
 REDUCTION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -29,12 +30,18 @@ def collectives(text):
 
 
 def programs(name, layout, **settings):
+    """The programs of an iteration, lowered, not yet compiled."""
     estimator, chosen, behaviour = CASES[name]()
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS))
     objective = cd.Objective(sampler, cd.differentiable(EXACT.reward), kl_weight=1.0)
     training = cd.Training(optax.adam(1e-2), BATCH, value=optax.adam(1e-2), layout=layout, **settings)
     algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)
-    return {k: v.compile() for k, v in cd.algorithms.lower(algorithm, PARAMS, PHI).items()}
+    return cd.algorithms.lower(algorithm, PARAMS, PHI)
+
+
+def compiled(lowered):
+    """The text of a program."""
+    return lowered.compile().as_text()
 
 
 def loop_bodies(text):
@@ -46,7 +53,7 @@ def loop_bodies(text):
 @pytest.mark.parametrize("name", ["likelihood ratio", "path consistency"])
 def test_stratified_rows_stay_on_their_devices(name):
     """The compiled `select` exchanges nothing; that of shuffled rows does."""
-    found = {v: programs(name, layouts()["eight"], minibatches=2, stratified=v)["select"].as_text() for v in (True, False)}
+    found = {v: compiled(programs(name, layouts()["eight"], minibatches=2, stratified=v)["select"]) for v in (True, False)}
     assert collectives(found[True]) == [] and collectives(found[False]) != []
 
 
@@ -76,8 +83,8 @@ def test_both_branches_of_guidance_are_on_the_device_of_their_row():
 @pytest.mark.parametrize("name", [name for name in CASES if name != "natural gradient"])
 def test_one_gradient_reduction_per_update(name):
     """The compiled update reduces the gradients of policy and value once, together or apart; all else is a few numbers."""
-    compiled = programs(name, layouts()["eight"])["update"].as_text()
-    found, loops = collectives(compiled), collectives("".join(loop_bodies(compiled)))
+    text = compiled(programs(name, layouts()["eight"])["update"])
+    found, loops = collectives(text), collectives("".join(loop_bodies(text)))
     size = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     large = [entries for kind, entries in found if entries >= 100]
     print(name, found, size, loops)
@@ -94,9 +101,9 @@ def test_a_pass_in_one_program_reduces_once_per_update(stratified):
     swept = programs("pathwise, one step", layouts()["eight"], scan_minibatches=True, **settings)
     assert not {"select", "update"} & set(swept) and "sweep" not in apart
 
-    text = swept["sweep"].as_text()
+    text = compiled(swept["sweep"])
     assert f'"known_trip_count":{{"n":"{settings["minibatches"]}"}}' in text
-    inside, once = collectives("".join(loop_bodies(text))), collectives(apart["update"].as_text())
+    inside, once = collectives("".join(loop_bodies(text))), collectives(compiled(apart["update"]))
     assert inside == collectives(text)  # none outside of the loop
     if stratified:
         assert inside == once
@@ -104,7 +111,7 @@ def test_a_pass_in_one_program_reduces_once_per_update(stratified):
     def reduced(found):
         return sum(entries for kind, entries in found if kind == "all-reduce")
 
-    assert 0 < reduced(once) <= reduced(inside) <= reduced(once) + reduced(collectives(apart["select"].as_text()))
+    assert 0 < reduced(once) <= reduced(inside) <= reduced(once) + reduced(collectives(compiled(apart["select"])))
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)

@@ -102,12 +102,12 @@ def test_reverse_detailed_balance_finds_the_value():
         state = algorithm.init(jnp.asarray([1.0, 0.0, 0.0]), jnp.asarray(w))._replace(reference=jnp.zeros(3))
         slopes.append(w - float(algorithm.step(jax.random.key(0), state)[0].value_params))
     assert slopes[0] < 0 < slopes[2]
-    assert abs(slopes[1]) < 0.1 * (slopes[2] - slopes[0])
+    assert abs(slopes[1]) < 0.02 * (slopes[2] - slopes[0])  # a pull of the other sign: 0.05
 
 
 def pairs(problem, params, batch=512):
     """Rows of on-policy states, with nothing but what distances need."""
-    path = problem.sampler.trajectory(params, cd.sample_keys(jax.random.key(0), batch))
+    path = jax.jit(problem.sampler.trajectory)(params, cd.sample_keys(jax.random.key(0), batch))
     n = problem.intervals
     j = jnp.repeat(jnp.arange(n), batch)
     x = path.x[:-1].reshape(n * batch, 1)
@@ -129,12 +129,17 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
     problem = cd.Objective(sampler, PROBLEM.reward, 0.7)
     rows = pairs(problem, flat, batch=16)
     vector = jax.random.normal(jax.random.key(2), flat.shape)
-    product = fisher_product(problem, flat, rows, vector)
-    jacobian = jax.jacobian(lambda p: problem.scales[rows.j][:, None] * problem.control(p, rows.j, rows.x))(flat)[:, 0]
-    matrix = problem.intervals / len(rows.j) * jacobian.T @ jacobian
-    np.testing.assert_allclose(product, matrix @ vector, rtol=2e-3, atol=2e-3 * float(jnp.max(jnp.abs(product))))
-    hessian = jax.hessian(lambda p: moved_kl(problem, p, flat, rows))(flat)
-    np.testing.assert_allclose(hessian, matrix, rtol=2e-3, atol=2e-3 * float(jnp.max(jnp.abs(matrix))))
+
+    @jax.jit
+    def evaluated(flat, rows, vector):
+        jacobian = jax.jacobian(lambda p: problem.scales[rows.j][:, None] * problem.control(p, rows.j, rows.x))(flat)[:, 0]
+        matrix = problem.intervals / len(rows.j) * jacobian.T @ jacobian
+        hessian = jax.hessian(lambda p: moved_kl(problem, p, flat, rows))(flat)
+        return fisher_product(problem, flat, rows, vector), matrix @ vector, hessian, matrix
+
+    product, expected, hessian, matrix = map(np.asarray, evaluated(flat, rows, vector))
+    np.testing.assert_allclose(product, expected, rtol=2e-3, atol=2e-3 * np.max(np.abs(product)))
+    np.testing.assert_allclose(hessian, matrix, rtol=2e-3, atol=2e-3 * np.max(np.abs(matrix)))
 
 
 @pytest.mark.parametrize("fisher_rows", [None, 512])
@@ -146,11 +151,12 @@ def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
     state = algorithm.init(jnp.zeros(3))
+    measured = jax.jit(lambda new, old: moved_kl(problem, new, old, pairs(problem, old, 2048)))  # on fresh paths
     used = []
     for i in range(6):
         old = jnp.array(state.params)
         state, info = algorithm.step(jax.random.key(i), state)
-        moved = float(moved_kl(problem, state.params, old, pairs(problem, old, 2048)))  # on fresh paths
+        moved = float(measured(state.params, old))
         used.append(float(info.metrics["update_kl"]))
         assert 0 < used[-1] <= radius
         assert i > 0 or float(info.metrics["backtracks"]) <= 1  # far from the optimum, where the KL alone limits the step
@@ -175,9 +181,9 @@ def test_trpo_in_parts_is_trpo():
         np.testing.assert_allclose(info_in_parts.metrics[name], info.metrics[name], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("steps", [10, 50, 200])
+@pytest.mark.parametrize("steps", [10, 100])
 def test_the_radius_means_the_same_at_any_number_of_steps(steps):
-    """One update at 10, 50, 200 equal control steps moves the policy by the same path KL, measured on one fine grid."""
+    """One update at 10 or 100 equal control steps moves the policy by the same path KL, measured on one fine grid."""
     radius, process = 0.03, cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.1, tau_max=2.0))
 
     def problem(n):
@@ -189,8 +195,8 @@ def test_the_radius_means_the_same_at_any_number_of_steps(steps):
     state, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros(3)))
     assert 0.9 * radius < float(info.metrics["update_kl"]) <= radius
     fine = problem(400)
-    moved = float(moved_kl(fine, state.params, jnp.zeros(3), pairs(fine, jnp.zeros(3), 1024)))
-    assert moved == pytest.approx(radius, rel={10: 0.5, 50: 0.15, 200: 0.07}[steps])  # first order in the step
+    moved = float(jax.jit(lambda new, old: moved_kl(fine, new, old, pairs(fine, old, 1024)))(state.params, jnp.zeros(3)))
+    assert moved == pytest.approx(radius, rel={10: 0.5, 100: 0.1}[steps])  # first order in the step
 
 
 def rollout(batch, tag):
@@ -207,8 +213,9 @@ def test_replay_is_first_in_first_out():
     replay = cd.replay.ReplayBuffer(4)
     memory = replay.init(rollout(2, 0))
     for tag in (1, 2, 3):
-        memory, drawn = replay.update(jax.random.key(tag), memory, rollout(2, tag))
-        assert set(np.unique(drawn.reward)) <= {1.0, 2.0} if tag == 2 else True
+        drawn = [replay.update(jax.random.key(i), memory, rollout(2, tag))[1].reward for i in range(12)]
+        assert set(np.unique(drawn)) == {1: {1.0}, 2: {1.0, 2.0}, 3: {2.0, 3.0}}[tag]  # never what is empty yet, or gone
+        memory, _ = replay.update(jax.random.key(tag), memory, rollout(2, tag))
     stored, count = memory
     assert int(count) == 6
     assert sorted(np.asarray(stored.reward).tolist()) == [2.0, 2.0, 3.0, 3.0]  # the first batch is gone
@@ -281,8 +288,8 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
 
     (m, v), (m1, v1) = moments(tau), moments(end)
     exact_end = m1 + np.sqrt(v1 / v) * (x - m)  # the flow keeps quantiles
-    errors = [cd.lookahead.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (100, 200)]
-    assert np.max(np.abs(errors[0])) < 0.06
+    errors = [cd.lookahead.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
+    assert np.max(np.abs(errors[0])) < 0.12
     np.testing.assert_allclose(errors[0], 2 * errors[1], atol=0.1 * float(np.max(np.abs(errors[0]))))  # first order
     clean = cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.0, tau_max=2.0))
     clean = cd.Sampler(clean, control, (1,), grid=clean.grid(5))
@@ -292,6 +299,7 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
         cd.lookahead.few_step_ode(0)
 
 
+@pytest.mark.slow
 def test_a_strangers_algorithm():
     """Not in the list, from public parts: match the gradient of a learned soft value on replayed states. It finds the optimum."""
     process = cd.DiffusionProcess(cd.VPLinear(tau_min=1e-3), frozen=cd.V)
@@ -302,19 +310,19 @@ def test_a_strangers_algorithm():
     def policy(params, t, x, cond=None):
         return problem.reference_action(None, t, x) + net(params, t, x)
 
-    sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 100, 1.5))
+    sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 40, 1.5))
     soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), log_ratio_to_go, soft_error)
-    rate = optax.cosine_decay_schedule(4e-3, 60 * 16, 0.05)
+    rate = optax.cosine_decay_schedule(6e-3, 25 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
-        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(3e-3)), behaviour=cd.replay.ReplayBuffer(512),
+        cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(5e-3)), behaviour=cd.replay.ReplayBuffer(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
-    for key in jax.random.split(jax.random.key(0), 60):
+    for key in jax.random.split(jax.random.key(0), 25):
         state, _ = mine.step(key, state)
     ruler = exact.Ruler(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
     gap = ruler.gap(sampler.control, state.params)
-    assert gap.relative.mean < 0.02  # measured: 0.0109 +- 0.0007 after 60 iterations of 256 paths
+    assert gap.relative.mean < 0.05  # measured: 0.032 +- 0.002 after 25 iterations of 256 paths
     assert ruler.gap(sampler.control, params).relative.mean > 0.99
 
 

@@ -131,8 +131,13 @@ def test_a_black_box_is_given_the_conditions_in_every_part_of_a_rollout():
 
 
 def test_accumulation_with_conditions():
-    whole, _, _ = iterated("dpok", objective(mixed))
-    assert close(iterated("dpok", objective(mixed), accumulation=5)[0].params, whole.params, 1e-12)
+    """Metrics too: means over the parts, and the largest log-ratio, which is that of one of them."""
+    whole, info, _ = iterated("dpok", objective(mixed))
+    found, seen, _ = iterated("dpok", objective(mixed), accumulation=5)
+    assert close(found.params, whole.params, 1e-12)
+    assert float(info.metrics["max_log_ratio"]) > 1e-6
+    for name, value in info.metrics.items():
+        np.testing.assert_allclose(seen.metrics[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_each_condition_reaches_its_own_optimum():
@@ -179,6 +184,9 @@ def test_statistics_within_conditions():
     v = np.random.default_rng(0).standard_normal((2, 6))
     same = same_condition(cond, jnp.float64)
     np.testing.assert_array_equal(same_condition({"a": cond, "b": jnp.stack([cond, cond], 1)}, jnp.float64), same)
+    other = jnp.asarray([0, 0, 0, 1, 1, 1])
+    both = same * same_condition(other, jnp.float64)
+    np.testing.assert_array_equal(same_condition({"a": cond, "b": other}, jnp.float64), both)
     groups = [[0, 2], [1, 3, 4]]
     mean, soft = mean_within(jnp.asarray(v), same), softmax_within(jnp.asarray(v), same)
     for rows in groups:
@@ -214,6 +222,9 @@ def test_rewards_of_a_view():
     assert set(seen) == {np.ndarray}
     gradient = jax.grad(lambda x: jnp.sum(cd.seen_through(double, smooth)(x)))(x)
     np.testing.assert_allclose(gradient, 2)
+    for inner in (smooth, cd.black_box(host, conditional=True)):  # views in views: the outer one first
+        nested = cd.seen_through(lambda x: x + 1, cd.seen_through(double, inner))
+        np.testing.assert_allclose(evaluate(nested, x, cond), evaluate(cd.seen_through(double, inner), x + 1, cond))
 
 
 def test_views_of_a_few_samples_at_a_time():

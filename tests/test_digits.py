@@ -18,12 +18,11 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.runs import Checkpoints
 from experiments.digits import experiment as digits
-from experiments.reward_registry import compressed_bytes, holes, ink
+from experiments.reward_registry import OF_DIGITS, Settings, compressed_bytes, holes, ink
+from tests.tiny_runs import DIGITS
 
-TINY = digits.Config(
-    steps=4, pretrain_steps=20, pretrain_batch=32, width=16, depth=1, iterations=4, batch=24, minibatches=2, epochs=1,
-    reference_samples=64, evaluation_samples=64, evaluate_every=2, checkpoint_every=1,
-)  # fmt: skip
+TINY = digits.Config(**DIGITS, iterations=4)
+pytestmark = [pytest.mark.unoptimised, pytest.mark.usefixtures("classifiers", "undrawn")]  # but the first report is drawn
 
 
 def settings(path, **changes):
@@ -35,7 +34,7 @@ def parameters(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, classifiers):
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, digits.run(settings(out))
 
@@ -196,7 +195,9 @@ def test_a_truncated_model_is_named(finished, tmp_path):
 
 
 def test_kl_budget_stops_the_run(tmp_path):
-    metrics = digits.run(settings(tmp_path / "run", kl_budget=1e-6, learning_rate=1e-3))
+    """Here of a black box."""
+    metrics = digits.run(settings(tmp_path / "run", reward="holes", kl_budget=1e-6, learning_rate=1e-3))
+    assert np.isfinite(metrics["reward"])
     assert metrics["stop_reason"] == "kl budget"
     assert metrics["iterations"] == 2  # the first iteration still samples the reference itself
 
@@ -230,16 +231,19 @@ def test_your_own_reward_data_and_network(tmp_path):
 
 
 def test_deterministic_sampler_has_no_gap(tmp_path):
-    metrics = digits.run(settings(tmp_path / "run", eta=0.0, exploration="action", reward="ink", iterations=2))
+    """Here of another black box."""
+    metrics = digits.run(settings(tmp_path / "run", eta=0.0, exploration="action", reward="bytes", iterations=2))
     assert metrics["path_kl"] is None and metrics["relative_gap"] is None
     assert np.isfinite(metrics["reward"])
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.parametrize("reward", ["holes", "bytes"])
-def test_black_box_rewards_run(tmp_path, reward):
-    metrics = digits.run(settings(tmp_path / "run", reward=reward, iterations=1))
-    assert np.isfinite(metrics["reward"])
+@pytest.mark.parametrize("name", OF_DIGITS)
+def test_rewards_by_name_are_what_they_say(name):
+    choice = OF_DIGITS[name]
+    reward = choice.make(Settings(lambda x: jnp.log(jnp.full((len(x), 10), 0.1)), 3))
+    values = cd.rewards.evaluate(reward, jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1))
+    assert values.shape == (2,) and reward.differentiable == choice.differentiable and reward.name == name
 
 
 BAD = {

@@ -234,13 +234,15 @@ def test_terminal_mean_is_the_posterior_mean_of_the_final_state():
         x, t = jr.normal(jr.key(0), (3, 2)), jnp.asarray(process.t0 + 0.6 * (process.t1 - process.t0))
         phi, shift, _ = problem.terminal_law(t)
         score = problem.reference_action(None, t, x)
-        np.testing.assert_allclose(process.terminal_mean(t, x, score), shift + phi * x, rtol=1e-9)
+        for eta in (0.0, 0.5, 1.0):  # the noising law knows no eta
+            found = DiffusionProcess(schedule, eta).terminal_mean(t, x, score)
+            np.testing.assert_allclose(found, shift + phi * x, rtol=1e-9)
         assert jnp.max(jnp.abs(process.terminal_mean(t, x, score) - process.denoise(t, x, score))) > 1e-3
     process = DiffusionProcess(VPLinear(tau_min=0.0))
     np.testing.assert_allclose(process.terminal_mean(t, x, score), process.denoise(t, x, score), rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, **by_name)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, VarianceExploding(horizon=50.0, tau_max=40.0)], **by_name)
 def test_initial_states_are_pure_noise_from_their_own_keys(schedule):
     process, count = DiffusionProcess(schedule), 4000
     keys = sample_keys(jr.key(0), count)

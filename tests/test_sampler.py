@@ -101,13 +101,25 @@ def test_recorded_noise_and_transition_explain_every_step(solver, frozen):
 
 
 def test_noise_is_standard_normal_and_independent():
-    paths = sampler(steps=40)
-    noise = paths.brownian(paths.ts, paths.start(sample_keys(jr.key(0), 500))[1]).tabulate()
-    n = noise.size
-    assert abs(jnp.mean(noise)) < 4 / np.sqrt(n)
-    assert abs(jnp.var(noise) - 1) < 4 * np.sqrt(2 / n)
-    for shifted in (noise[1:] * noise[:-1], noise[:, 1:] * noise[:, :-1], noise[..., 1] * noise[..., 0]):
-        assert abs(jnp.mean(shifted)) < 4 / np.sqrt(shifted.size)
+    paths = sampler(steps=40, solver=dfx.SRA1())
+    start, keys = paths.start(sample_keys(jr.key(0), 500))
+    path = paths.brownian(paths.ts, keys)
+
+    @jax.jit
+    @jax.vmap
+    def increments(t0, t1):
+        found = path.evaluate(t0, t1, use_levy=True)
+        return found.W / jnp.sqrt(t1 - t0), found.H / jnp.sqrt((t1 - t0) / 12)
+
+    noise, area = increments(paths.ts[:-1], paths.ts[1:])
+    np.testing.assert_allclose(noise, path.tabulate(), rtol=1e-12)
+    start = start / jnp.std(start)
+    for v in (noise, area):
+        assert abs(jnp.mean(v)) < 4 / np.sqrt(v.size)
+        assert abs(jnp.var(v) - 1) < 4 * np.sqrt(2 / v.size)
+        products = [v[1:] * v[:-1], v[:, 1:] * v[:, :-1], v[..., 1] * v[..., 0], noise * area, start * v[0], start * v[1]]
+        for product in products:
+            assert abs(jnp.mean(product)) < 4 / np.sqrt(product.size)
 
 
 def test_euler_maruyama_scales_are_girsanov_s():

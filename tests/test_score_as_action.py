@@ -16,7 +16,7 @@ from ctrl_diffusion.advantages import (
     to_go,
     value_increments,
 )
-from ctrl_diffusion.critics import kl_to_go, returns
+from ctrl_diffusion.critics import kl_to_go, returns, soft_error
 from ctrl_diffusion.exact import GaussianQuadratic
 from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.solvers import power
@@ -268,6 +268,32 @@ def test_value_is_the_reward_at_the_end():
         np.testing.assert_array_equal(v(params + 1, t1, x, x_hat, exact.reward(x)), exact.reward(x))
     plain = cd.PlainValue(value.network, value.t0, value.t1)
     np.testing.assert_array_equal(plain(params + 1, t1, x, x_hat, exact.reward(x)), exact.reward(x))
+
+
+def test_before_the_end_a_value_sees_what_it_is_said_to_see():
+    """Half of the time is left: `c_skip r_hat + c_out F` of the guess or of the state, the network alone, or nothing."""
+    x, x_hat, r_hat, t = jnp.asarray([[1.0]]), jnp.asarray([[10.0]]), jnp.asarray([100.0]), jnp.asarray(0.5)
+
+    def network(params, t, x, cond=None):
+        return params * x[:, 0]
+
+    def values(*chosen):
+        return [float(value(jnp.asarray(2.0), t, x, x_hat, r_hat)[0]) for value in chosen]
+
+    guess, state = (cd.StructuredValue(network, 0.0, 1.0, one_minus, identity, denoised=v) for v in (True, False))
+    assert values(guess, state) == [50 + 10, 50 + 1]
+    assert values(cd.PlainValue(network, 0.0, 1.0), cd.LookaheadValue(0.0, 1.0), cd.values.NoValue(0.0, 1.0)) == [2, 100, 0]
+
+
+def test_the_soft_error_is_least_at_the_soft_mean():
+    """Its gradient vanishes at `lambda log E exp(target / lambda)`, also where targets are so far above that it is scaled down."""
+    target, kl_weight = jnp.asarray([0.0, 1.0, 4.0]), 0.5
+    best = kl_weight * jax.nn.logsumexp(target / kl_weight) - kl_weight * np.log(3)
+    slope = jax.grad(lambda v: soft_error(jnp.full(3, v), target, kl_weight))
+    assert abs(slope(best)) < 1e-5 < slope(best + 0.01)
+    assert slope(best - 0.01) < -1e-5
+    near = jnp.asarray([0.01, -0.01, 0.02])  # half the squared error to second order
+    np.testing.assert_allclose(soft_error(jnp.zeros(3), near, 1.0), jnp.mean(near**2) / 2, rtol=0.02)
 
 
 def test_value_coefficients_that_break_the_boundary_are_refused():
