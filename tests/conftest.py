@@ -1,8 +1,8 @@
 """Every test runs with the shapes and dtypes in the library's annotations checked, on the CPU unless asked otherwise.
 
-Programs are compiled as users have them, but for tests marked `unoptimised`, which are about what programs do and not about their
-numbers (`compiling.py`). Programs that several tests compile are compiled once: workers and the processes that tests start share a
-cache on disk that goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
+Tests spend their time in the compiler, not in what it makes, so machine code is not optimised, but for tests marked `optimised`,
+which see the compiler as users have it (`compiling.py`). Programs that several tests compile are compiled once: workers and the
+processes that tests start share a cache on disk that goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
 
 Workers take whole files, so that what the tests of a file share is made once.
 """
@@ -32,7 +32,7 @@ COMPILER = Compiler()
 
 
 def is_unoptimised(item: pytest.Item) -> bool:
-    return item.get_closest_marker("unoptimised") is not None
+    return item.get_closest_marker("optimised") is None
 
 
 def pytest_configure(config: pytest.Config):

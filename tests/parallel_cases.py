@@ -36,7 +36,6 @@ from experiments.value_networks.cases import Size, ring_case
 from experiments.value_networks.fit import Budget, learn
 from experiments.value_networks.variants import BY_NAME
 
-pytestmark = pytest.mark.unoptimised
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
 EXACT = exact.MixtureControl(PROCESS, exact.ring(), exact.LinearReward((1.0, 0.0)), kl_weight=1.0)
 BATCH, STEPS = 32, 8

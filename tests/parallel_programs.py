@@ -16,7 +16,6 @@ from ctrl_diffusion.chunks import in_chunks
 from ctrl_diffusion.stable_diffusion import GuidedScore, Noising
 from tests.parallel_cases import BATCH, CASES, CONTROL, EXACT, PARAMS, PHI, PROCESS, STEPS, layouts
 
-pytestmark = pytest.mark.unoptimised
 REDUCTION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 

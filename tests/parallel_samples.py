@@ -16,6 +16,9 @@ from experiments.discretization.cells import Samplers, collect
 from tests.parallel_cases import PROCESS, STEPS, layouts
 
 
+pytestmark = pytest.mark.optimised
+
+
 @pytest.mark.parametrize("chain", [True, False])
 def test_samples_of_the_discretisation_experiment(chain):
     samplers = Samplers(lambda params, t, x, cond: params * x, PROCESS.schedule, (2,), max_steps=STEPS)

@@ -22,7 +22,7 @@ from experiments.reward_registry import OF_DIGITS, Settings, compressed_bytes, h
 from tests.tiny_runs import DIGITS
 
 TINY = digits.Config(**DIGITS, iterations=4)
-pytestmark = [pytest.mark.unoptimised, pytest.mark.usefixtures("classifiers", "undrawn")]  # but the first report is drawn
+pytestmark = pytest.mark.usefixtures("classifiers", "undrawn")  # but the first report is drawn
 
 
 def settings(path, **changes):

@@ -19,7 +19,7 @@ from tests.compiling import flags
 
 REPOSITORY = Path(__file__).parent.parent
 EIGHT = ("parallel_samples", "parallel_cases", "parallel_programs")
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]  # but for `parallel_samples`, whose marks are its own
+pytestmark = pytest.mark.slow
 
 
 def environment(devices, flags=""):
