@@ -15,7 +15,6 @@ from ctrl_diffusion.parallel import Layout, make_mesh
 from experiments.discretization.cells import Samplers, collect
 from tests.parallel_cases import PROCESS, STEPS, layouts
 
-
 pytestmark = pytest.mark.optimised
 
 
