@@ -5,23 +5,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.advantages import Clip
 from ctrl_diffusion.critics import returns
 from ctrl_diffusion.values import AbstractValue
 
 
 class Settings(NamedTuple):
-    """What an algorithm is made from; `None` is the default of an option that not all algorithms have."""
+    """What an algorithm is made from; it takes the options that it has (`Choice.options`)."""
 
     objective: cd.Objective
     value: AbstractValue
     training: cd.Training
-    clip: Any = None  # a number or two
-    horizon: Any = None
-    kl_radius: Any = None
+    clip: Clip = 0.2
+    horizon: float = 0.0
+    kl_radius: float = 0.05
 
 
-DEFAULTS: dict[str, Any] = {"clip": 0.2, "horizon": 0.0, "kl_radius": 0.05}
-"""Options that not all algorithms have, and what they are where they are not given."""
+OPTIONS = ("clip", "horizon", "kl_radius")
+"""Settings that not all algorithms have."""
 
 
 class Choice(NamedTuple):
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
         priced: whether the published method prices the path KL; if not, its default price is 0.
         differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
         needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
-        options: which of `DEFAULTS` it has.
+        options: which of `OPTIONS` it has.
     """
 
     make: Callable[[Settings], cd.algorithms.Algorithm]
@@ -137,17 +138,17 @@ def choose(name: str) -> Choice:
     return ALGORITHMS[name]
 
 
-def make_algorithm(name: str, settings: Settings) -> cd.algorithms.Algorithm:
-    """The algorithm of this name; `ValueError` for an option that it does not have."""
-    check_options(name, settings)
-    missing = {option: v for option, v in DEFAULTS.items() if getattr(settings, option) is None}
-    return choose(name).make(settings._replace(**missing))
+def make_algorithm(name: str, settings: Settings, options: Any) -> cd.algorithms.Algorithm:
+    """The algorithm of this name with those attributes of `options` that are in `OPTIONS` and not `None`; see `check_options`."""
+    check_options(name, options)
+    given = {option: getattr(options, option) for option in OPTIONS if getattr(options, option) is not None}
+    return choose(name).make(settings._replace(**given))
 
 
-def check_options(name: str, given: Any) -> None:
-    """`ValueError` for the first option of `given` (attributes named as `DEFAULTS`) that the algorithm does not have."""
-    for option in DEFAULTS:
-        value = getattr(given, option)
+def check_options(name: str, options: Any) -> None:
+    """`ValueError` for the first attribute of `options` that is given (not `None`), and that the algorithm does not have."""
+    for option in OPTIONS:
+        value = getattr(options, option)
         if value is not None and option not in choose(name).options:
             others = ", ".join(other for other, choice in ALGORITHMS.items() if option in choice.options)
             raise ValueError(f"{option}={value}: {name} has no such option. Leave it out; it is one of {others}.")

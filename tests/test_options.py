@@ -1,6 +1,7 @@
 """Options that an algorithm or an experiment does not have are refused by name, and those that it has arrive."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import optax
 import pytest
@@ -18,10 +19,10 @@ SAMPLER = cd.Sampler(PROBLEM.process, PROBLEM.reference_action, (2,), grid=PROBL
 OTHER = {"clip": 0.1, "horizon": 0.3, "kl_radius": 0.02}
 
 
-def settings(name, **options):
+def settings(name):
     objective = cd.Objective(SAMPLER, cd.differentiable(PROBLEM.reward), 1.0 if ALGORITHMS[name].priced else 0.0)
     value = cd.StructuredValue(lambda params, t, x, cond: x[:, 0], PROBLEM.process.t0, PROBLEM.process.t1)
-    return Settings(objective, value, cd.Training(optax.sgd(0.1), 8, value=optax.sgd(0.1)), **options)
+    return Settings(objective, value, cd.Training(optax.sgd(0.1), 8, value=optax.sgd(0.1)))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -29,7 +30,7 @@ def test_an_algorithm_has_the_options_that_change_it(name):
     """What an algorithm is made of differs from the default exactly for the options that it says it has."""
 
     def recipe(**options):
-        found = make_algorithm(name, settings(name, **options)).recipe
+        found = make_algorithm(name, settings(name), SimpleNamespace(**dict.fromkeys(OTHER) | options)).recipe
         region = found.training.policy if isinstance(found.training.policy, cd.trust.NaturalGradient) else None
         return str(found.estimator), str(region)
 

@@ -119,9 +119,11 @@ def jax_sides(task: Task, c: Coefficients, reference, scan_minibatches: bool) ->
     run = sampled(predict(task.graphdef), c, task.recorded.path.x.shape[1])
     loss = jax.jit(jax.value_and_grad(lambda p: surrogate(predict(task.graphdef), c, p, rows)), compiler_options=QUICK)
     ours.errors = check(ours.name, reference, reference.score_tolerance, task.recorded.path.x[-1], *our_loss(task, rows, QUICK))
-    scan.errors = check(scan.name, reference, reference.tolerance, run(task.behaviour, task.key)[0][-1], *loss(task.params))
+    scan.errors = check(
+        scan.name, reference, reference.tolerance, run(task.behaviour, task.recorded.key)[0][-1], *loss(task.params)
+    )
     ours.sample = lambda: task.algorithm.programs["sample"].run(*task.recorded.sample.arguments)
-    scan.sample = lambda: run(task.behaviour, task.key)
+    scan.sample = lambda: run(task.behaviour, task.recorded.key)
     ours.update, scan.update = our_update(task), hand_update(task, c)
     if scan_minibatches:
         ours.update, ours.updates_per_call = our_pass(task), len(task.recorded.order)

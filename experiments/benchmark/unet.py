@@ -163,6 +163,11 @@ class Recorded(NamedTuple):
     sample: Timed
     """The call that made the paths."""
 
+    @property
+    def key(self) -> Any:
+        """What the paths were made from."""
+        return self.sample.arguments[1]
+
 
 def record(algorithm: cd.algorithms.Algorithm, behaviour, reference, key) -> Recorded:
     """What an iteration of `algorithm` makes before its updates, by a policy `behaviour`."""
@@ -184,7 +189,6 @@ class Task(NamedTuple):
     behaviour: Any
     reference: Any
     recorded: Recorded
-    key: Any
 
     @property
     def process(self) -> cd.DiffusionProcess:
@@ -215,12 +219,11 @@ def make_task(batch: int, steps: int, minibatches: int, channels: tuple[int, ...
     estimator = LikelihoodRatio(float("inf"), CLIP, centre)
     critic = cd.Critic(NoValue(process.t0, process.t1))
     algorithm = cd.compose(objective, estimator, critic, cd.Training(optimizer(), batch, minibatches=minibatches))
-    key = jax.random.key(0)
     behaviour = moved(reference, jax.random.key(1), 3e-3)
-    recorded = record(algorithm, behaviour, reference, key)
+    recorded = record(algorithm, behaviour, reference, jax.random.key(0))
     params = moved(behaviour, jax.random.key(2), 3e-3)
     graphdef = nnx.graphdef(network)
-    return Task(network, objective, estimator, critic, algorithm, graphdef, params, behaviour, reference, recorded, key)
+    return Task(network, objective, estimator, critic, algorithm, graphdef, params, behaviour, reference, recorded)
 
 
 def our_update(task: Task) -> Callable[[int], Any]:

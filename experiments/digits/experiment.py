@@ -247,8 +247,7 @@ def _algorithm(
         kl_target=None if config.kl_target is None else AdaptiveKL(config.kl_target),
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
-    settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
-    algorithm = make_algorithm(config.algorithm, settings)
+    algorithm = make_algorithm(config.algorithm, Settings(objective, value, training), config)
     return algorithm, value_params if choice.learns_value else ()
 
 

@@ -296,7 +296,7 @@ def bench(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ON
     kl_weight = place.problem.kl_weight if choice.priced else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
-    made = choice.make(Settings(objective, value, training, clip=0.2, horizon=0.0, kl_radius=0.01))
+    made = choice.make(Settings(objective, value, training, kl_radius=0.01))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
     return Bench(measured, made, fixed_point)
 

@@ -152,8 +152,7 @@ def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: La
         config.average, config.stratified, config.scan_minibatches,
     )  # fmt: skip
     choice = choose(config.algorithm)
-    settings = Settings(objective, value, training, config.clip, config.horizon, config.kl_radius)
-    algorithm = registry.make_algorithm(config.algorithm, settings)
+    algorithm = registry.make_algorithm(config.algorithm, Settings(objective, value, training), config)
     return algorithm, value_params if choice.learns_value else ()
 
 
