@@ -23,7 +23,8 @@ def keep_compiled_programs() -> None:
     What the user says comes first: `JAX_COMPILATION_CACHE_DIR` is another folder, `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
     A home folder that cannot be written to is no error: then nothing is kept.
     """
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
+    said = jax.config.values
+    if not said["jax_enable_compilation_cache"] or said["jax_compilation_cache_dir"] is not None:
         return
     folder = default_folder()
     try:

@@ -202,11 +202,8 @@ def test_the_radius_means_the_same_at_any_number_of_steps(steps):
 def rollout(batch, tag):
     n = 3
     x = jnp.full((n + 1, batch, 1), float(tag))
-    step = x[:-1]
-    pairs = jnp.full((n, batch), float(tag))
-    return Rollout(
-        jnp.arange(4.0), x, jnp.full(batch, float(tag)), pairs, pairs, noise=step, a_ref=step, x_hat=step, r_hat=pairs
-    )
+    step, pairs, rewards = x[:-1], jnp.full((n, batch), float(tag)), jnp.full(batch, float(tag))
+    return Rollout(jnp.arange(4.0), x, rewards, pairs, pairs, noise=step, a_ref=step, x_hat=step, r_hat=pairs)
 
 
 def test_replay_is_first_in_first_out():
