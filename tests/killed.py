@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sklearn.datasets import load_digits
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.parallel import Layout
+from ctrl_diffusion.algorithms import collect, iteration
 from ctrl_diffusion.runs import Checkpoints
 from experiments.commandline import execute
 from experiments.digits import experiment as digits
@@ -45,10 +45,9 @@ def killing(fn, at, before=True):
 
 def main(out, point):
     if point == "rollout":  # the rewards of the second iteration: paths are sampled, nothing is learned
-        compose = sys.modules["ctrl_diffusion.algorithms.compose"]
-        compose.evaluate_parts = killing(compose.evaluate_parts, 2)
+        collect.evaluate_parts = killing(collect.evaluate_parts, 2)
     elif point == "update":  # the first of the two updates of the second iteration is done
-        Layout.paced = killing(Layout.paced, 18, before=False)
+        iteration.one_update = killing(iteration.one_update, 3, before=False)
     elif point == "checkpoint":  # the third checkpoint is being written in the background
         Checkpoints.save = killing(Checkpoints.save, 3, before=False)
     elif point == "disk":
