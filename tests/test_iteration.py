@@ -74,11 +74,12 @@ def test_a_plan_has_the_programs_and_calls_of_a_run(settings):
 
 
 def test_a_timed_call_can_be_made_again():
-    """Donated arguments are kept as copies: the first update, repeated, gives what it gave."""
+    """Arguments are copies, whatever later programs took over: the first rollout and update can be repeated."""
     algorithm = cd.score_as_action(objective(), VALUE, training())
-    found = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS, PHI))["update"]
-    again, _ = algorithm.programs["update"].run(*found.arguments)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))
+    found = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS, PHI))
+    for name in ("sample", "update"):
+        again = algorithm.programs[name].run(*found[name].arguments)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))
 
 
 def recorded(make, **settings):

@@ -27,13 +27,11 @@ class Program(NamedTuple):
         run: `run(*arguments) -> results`.
         axes: for every array of the results, the axis that counts samples, `PARAMETERS` or `WHOLE`; a prefix of their tree.
         shapes: what stands for `run` where arguments are shapes; `None` for a compiled function, which JAX can evaluate on shapes.
-        donated: positions of arguments whose memory the results take over.
     """
 
     run: Callable[..., Any]
     axes: Any
     shapes: Callable[..., Any] | None = None
-    donated: tuple[int, ...] = ()
 
 
 def make_programs(recipe: Recipe) -> dict[str, Program]:
@@ -45,7 +43,7 @@ def make_programs(recipe: Recipe) -> dict[str, Program]:
         def run(*arguments: Any) -> Any:
             return layout.constrain(function(recipe, *arguments), functools.partial(layout.shardings, axes))
 
-        return Program(jax.jit(run, donate_argnums=donated), axes, donated=donated)
+        return Program(jax.jit(run, donate_argnums=donated), axes)
 
     path = Trajectory(WHOLE, 1, 1)  # pyright: ignore[reportArgumentType]
     waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]
@@ -130,13 +128,13 @@ class Timed(NamedTuple):
 def timed(algorithm: Algorithm, key: Any, state: State) -> dict[str, Timed]:
     """Every program that an iteration calls, with how long it took; run an iteration before, so that none is compiled here.
 
-    Donated arguments are recorded as copies.
+    Arguments are recorded as copies: later programs take over the memory of some.
     """
     found: dict[str, Timed] = {}
 
     def call(name: str, *arguments: Any) -> Any:
         program = algorithm.programs[name]
-        kept = () if name in found else tuple(_copied(v) if i in program.donated else v for i, v in enumerate(arguments))
+        kept = () if name in found else _copied(arguments)
         begin = time.perf_counter()
         results = jax.block_until_ready(program.run(*arguments))
         seconds = time.perf_counter() - begin
@@ -150,4 +148,4 @@ def timed(algorithm: Algorithm, key: Any, state: State) -> dict[str, Timed]:
 
 
 def _copied(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+    return jax.tree.map(lambda v: jnp.copy(v) if isinstance(v, jax.Array) else v, tree)
