@@ -63,7 +63,7 @@ def interrupted(tmp_path_factory):
 
 
 def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, whole, interrupted):
-    """Last by a full disk: no file may grow beyond a kilobyte; what was written before is used."""
+    """Last by a full disk: no file may grow beyond 8 kB; what was written before is used."""
     run = shutil.copytree(interrupted, tmp_path / "run")
     code, message = killed(run, "disk")
     expected = "error: a checkpoint cannot be written to .*File too large.*MiB are free there"
