@@ -18,18 +18,20 @@ import pytest
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import power
-from experiments.algorithm_registry import choose
+from experiments.algorithm_registry import ALGORITHMS, Settings, choose
 from experiments.exact import experiment as leaderboard
 from experiments.exact.report import overview
 from experiments.exact.units import (
     DIFFUSION,
     ENTRIES,
+    FIXED_POINTS,
     FOR_THIS_PROBLEM,
     PROBLEMS,
     budget_for,
-    discounted_guess_action,
     lab,
     mean_value_action,
+    sqdf_discount_per_time,
+    structured_value,
     why_not,
 )
 
@@ -90,16 +92,16 @@ def test_what_does_not_apply_has_a_reason():
 
 @pytest.mark.slow
 def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
-    args = ["--out", str(tmp_path / "run"), "--problems", "linear_ou", "--algorithms", "adjoint_matching", "log_variance"]
-    args += ["--iterations", "2", "--workers", "1"]
+    args = ["--out", str(tmp_path / "run"), "--problems", "linear_ou", "--iterations", "2", "--workers", "1"]
+    args += ["--algorithms", "adjoint_matching_bootstrapped", "log_variance"]
     assert leaderboard.main(args) == 0
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
-    assert {r["algorithm"] for r in results} == {"log_variance", "adjoint_matching"} and len(results) == 2
+    assert {r["algorithm"] for r in results} == {"log_variance", "adjoint_matching_bootstrapped"} and len(results) == 2
     for result in results:
         assert set(KEYS) <= set(result)
         assert result["zero_control_l2_error"] == pytest.approx(4.3233, rel=1e-3)  # u* does not depend on the state
         assert 0 < result["relative_gap"] < 1.05
-    first = {r["algorithm"]: r for r in results}["adjoint_matching"]
+    first = {r["algorithm"]: r for r in results}["adjoint_matching_bootstrapped"]
     assert first["network_evaluations"] == 2 * 3 * 256 * 50
     assert first["network_gradient_evaluations"] == 2 * 256 * (50 + 50)  # the adjoint, and the regression
     for name in ("table.md", "gaps.png"):
@@ -107,7 +109,7 @@ def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
     # a unit that is there is not run again; one that is missing is
     (tmp_path / "run" / "metrics.json").unlink()
     (tmp_path / "run" / "units" / "log_variance-linear_ou-0.json").unlink()
-    kept = tmp_path / "run" / "units" / "adjoint_matching-linear_ou-0.json"
+    kept = tmp_path / "run" / "units" / "adjoint_matching_bootstrapped-linear_ou-0.json"
     before = kept.stat().st_mtime_ns
     assert leaderboard.main(args) == 0
     assert kept.stat().st_mtime_ns == before
@@ -144,10 +146,11 @@ def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_tempe
     np.testing.assert_allclose(action(None, t, x), greedy, atol=1e-4 * float(jnp.max(jnp.abs(greedy))))
 
 
-def test_the_fixed_point_of_the_discounted_guess_is_stationary():
+@pytest.mark.parametrize("name", ["sqdf", "sqdf_per_time"])
+def test_the_fixed_point_of_the_discounted_x0_reward_is_stationary(name):
     """On the ring's chain, the gradient of SQDF's loss in a scale of the pull vanishes there, but for one step's change."""
     place = lab("ring_linear")
-    problem, pulled = place.problem, discounted_guess_action(place)
+    problem, pulled = place.problem, FIXED_POINTS[name](place)
 
     def control(params, t, x, cond=None):
         a, a_ref = pulled(None, t, x), problem.reference_action(None, t, x)
@@ -155,13 +158,26 @@ def test_the_fixed_point_of_the_discounted_guess_is_stationary():
 
     sampler = cd.Sampler(place.sampler.process, control, (2,), grid=place.sampler.grid)
     objective = cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight)
-    algorithm = cd.sqdf(objective, cd.Training(optax.sgd(1.0), 2048))
+    settings = Settings(objective, structured_value(place), cd.Training(optax.sgd(1.0), 2048))
+    algorithm = ENTRIES[name].make(settings)
     moved = []
     for scale in (1.0, 0.0):
         state = algorithm.init(jnp.asarray([scale]))._replace(reference=jnp.zeros(1))
         moved.append(float(algorithm.step(jax.random.key(0), state)[0].params[0]) - scale)
     assert moved[1] > 0
     assert abs(moved[0]) < 0.05 * moved[1]
+
+
+def test_plain_names_are_the_published_methods():
+    """Variants have names of their own; SQDF's discount per unit of time is the published one on the paper's 50 equal steps."""
+    assert all(ENTRIES[name] is choice for name, choice in ALGORITHMS.items())
+    place = lab("ring_linear")
+    process = place.problem.process
+    paper = cd.Sampler(process, place.sampler.control, (2,), grid=process.grid(50))
+    for sampler, same in ((paper, True), (place.sampler, False)):
+        objective = cd.Objective(sampler, cd.differentiable(place.problem.reward), 1.0)
+        per_step = cd.estimators.discount_per_step(0.9)(objective)
+        assert np.allclose(sqdf_discount_per_time(objective), per_step, rtol=1e-5) is same
 
 
 def test_what_the_grid_bounds():
@@ -229,7 +245,7 @@ def test_workers_share_the_cores(monkeypatch):
 def test_a_killed_run_leaves_no_worker(tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
-    root = str(Path(leaderboard.__file__).parents[1])
+    root = str(Path(leaderboard.__file__).parents[2])
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
     )

@@ -12,6 +12,7 @@ import pytest
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.critics import returns
+from ctrl_diffusion.estimators import discount_per_step
 
 STEPS, BATCH, DIM, KL_WEIGHT = 6, 8, 3, 0.4
 KEY = jax.random.key(3)
@@ -181,7 +182,7 @@ def test_sqdf():
     """Its official loss: `-gamma^(steps to go) r(x0_hat(x')) + alpha mean_d((mu - mu_ref)^2 / sigma^2)`, replayed states."""
     gamma, alpha = 0.8, 0.6
     problem = objective(cd.conversions.sqdf_kl_weight(alpha, DIM))
-    new, info = one_step(cd.sqdf(problem, SGD, gamma=gamma, capacity=BATCH))
+    new, info = one_step(cd.sqdf(problem, SGD, discount=discount_per_step(gamma), capacity=BATCH))
     x, noise = recorded()
     drawn = jax.random.choice(jax.random.split(KEY, 5)[3], BATCH, (BATCH,), p=jnp.full(BATCH, 1 / BATCH))
     x, noise = x[:, drawn], noise[:, drawn]

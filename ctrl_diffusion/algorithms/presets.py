@@ -22,6 +22,7 @@ from ..estimators import (
     late,
 )
 from ..estimators.likelihood_ratio import Normalise
+from ..estimators.pathwise import Credit
 from ..objective import Objective
 from ..replay import Reference, ReplayBuffer
 from ..values import AbstractValue, LookaheadValue, NoValue
@@ -29,6 +30,8 @@ from .compose import compose
 from .training import Algorithm, Training
 
 INFINITE = float("inf")
+SQDF_DISCOUNT = discount_per_step(0.9)
+"""As published, whatever the number of steps."""
 
 
 def score_as_action(
@@ -156,12 +159,16 @@ def soft_vard(objective: Objective, value: AbstractValue, training: Training) ->
     return vard(objective, value, training, target=log_ratio_to_go, loss=soft_error)
 
 
-def sqdf(objective: Objective, training: Training, *, gamma: float = 0.9, capacity: int | None = None) -> Algorithm:
+def sqdf(
+    objective: Objective, training: Training, *, discount: Credit = SQDF_DISCOUNT, capacity: int | None = None
+) -> Algorithm:
     r"""SQDF: the gradient of the reward of a one-step guess of the final state, discounted, from replayed states.
 
-    `E[-gamma^(steps to go) r(x_hat(t', x'(theta))) + lambda kl]`, `x_hat` by `Objective(lookahead=...)`: the posterior mean, or
-    `few_step_ode(1)` in the place of the paper's consistency model. The discount makes the temperature depend on time, so its fixed point
-    is not `p_ref exp(r/lambda)`. `capacity` paths are kept (default: eight batches), first in first out.
+    `E[-w r(x_hat(t', x'(theta))) + lambda kl]` with the discount `w = 0.9^(steps to go)`. `x_hat` is `Objective(lookahead=...)`: the
+    posterior mean, or `few_step_ode(1)` in the place of the paper's consistency model. The discount makes the temperature depend on
+    time, so its fixed point is not `p_ref exp(r/lambda)`. The paper discounts each of its 50 steps. With another number of steps,
+    `estimators.discount_per_time((t1 - t0) / (50 ln(1/0.9)))` discounts as much in the same time. `capacity` paths are kept
+    (default: eight batches), first in first out.
     `conversions.sqdf_kl_weight` translates the paper's alpha.
 
     ??? cite "Reference"
@@ -171,9 +178,7 @@ def sqdf(objective: Objective, training: Training, *, gamma: float = 0.9, capaci
         ```
     """
     buffer = ReplayBuffer(8 * training.batch if capacity is None else capacity)
-    return compose(
-        objective, Pathwise(1, credit=discount_per_step(gamma)), lookahead_critic(objective), training, behaviour=buffer
-    )
+    return compose(objective, Pathwise(1, credit=discount), lookahead_critic(objective), training, behaviour=buffer)
 
 
 def draft(objective: Objective, training: Training, *, steps: int | None = None, small_memory: bool = False) -> Algorithm:

@@ -31,7 +31,7 @@ from .report import write_report
 from .units import ENTRIES, PROBLEMS, Budget, budget_for, solve, why_not
 
 QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
-EVERYWHERE = ("adjoint_matching", "log_variance")
+EVERYWHERE = ("adjoint_matching_bootstrapped", "log_variance")
 
 
 @dataclasses.dataclass(frozen=True)

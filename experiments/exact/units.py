@@ -14,6 +14,7 @@ from flax import nnx
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
+from ctrl_diffusion.estimators.pathwise import Credit
 from ctrl_diffusion.exact import AbstractControlProblem
 from ctrl_diffusion.networks import TimeEmbedding
 from ctrl_diffusion.optimum import mean_and_error
@@ -38,6 +39,12 @@ PROBLEMS: dict[str, Callable[[], AbstractControlProblem]] = {
 DIFFUSION = ("ring_linear", "ring_quadratic", "gaussian_quadratic")
 
 
+def sqdf_discount_per_time(objective: cd.Objective) -> Any:
+    """SQDF's discount, 0.9 for each of 50 equal steps, by the time that is left: weights `[n]` of the intervals."""
+    process = objective.sampler.process
+    return cd.estimators.discount_per_time((process.t1 - process.t0) / (50 * math.log(1 / 0.9)))(objective)
+
+
 EXACT_CRITIC = Choice(
     lambda s: cd.compose(s.objective, cd.estimators.Pathwise(1), cd.Critic(s.value), s.training),
     "pathwise through one step of the exact value (not an algorithm: what the others approach)",
@@ -47,16 +54,21 @@ BOOTSTRAPPED = Choice(
     "regression on the lean adjoint, bootstrapped from the policy with a horizon of 0.05",
     differentiates=True,
 )
+SQDF_PER_TIME = Choice(
+    lambda s: cd.sqdf(s.objective, s.training, discount=sqdf_discount_per_time),
+    "sqdf with the discount of its paper's 50 steps per unit of time, whatever the number of steps",
+    differentiates=True,
+)
 ENTRIES: dict[str, Choice] = ALGORITHMS | {
-    "adjoint_matching": BOOTSTRAPPED,
-    "adjoint_matching_published": ALGORITHMS["adjoint_matching"],
+    "sqdf_per_time": SQDF_PER_TIME,
+    "adjoint_matching_bootstrapped": BOOTSTRAPPED,
     "exact_critic": EXACT_CRITIC,
 }
 
 GUESS = "builds on a guess of the final state, which without data is the present state (no posterior mean)"
 NOT_FOR_CONTROL: dict[str, str] = {
     **{name: "has no price: these problems are about the price" for name, choice in ENTRIES.items() if not choice.priced},
-    **dict.fromkeys(("sqdf", "refl", "vidd"), GUESS),
+    **dict.fromkeys(("sqdf", "sqdf_per_time", "refl", "vidd"), GUESS),
     "flow_grpo": "divides returns by their spread, which changes the price",
     "rwr": "weights paths of the reference, of which almost none matter in these dimensions",
 }
@@ -94,7 +106,7 @@ BUDGETS: dict[str, Budget] = {
     "log_variance": TRAJECTORY,
     "path_consistency": TRAJECTORY,
     "adjoint_matching": MATCHING,
-    "adjoint_matching_published": MATCHING,
+    "adjoint_matching_bootstrapped": MATCHING,
     **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PRICE),
 }
 DEFAULT = Budget()
@@ -102,9 +114,9 @@ RINGS = ("ring_linear", "ring_quadratic")
 LINEAR = ("gaussian_quadratic", "quadratic_ou_easy", "quadratic_ou_hard", "linear_ou")
 """Problems whose optimal control is linear in the state."""
 FOR_THIS_PROBLEM: dict[tuple[str, str], Budget] = {
-    **{("adjoint_matching", name): MATCHING._replace(iterations=150) for name in LINEAR},
-    **{("adjoint_matching", name): MATCHING._replace(batch=512) for name in RINGS},
-    ("adjoint_matching", "double_well"): MATCHING._replace(batch=512, learning_rate=1e-3, times=100),
+    **{("adjoint_matching_bootstrapped", name): MATCHING._replace(iterations=150) for name in LINEAR},
+    **{("adjoint_matching_bootstrapped", name): MATCHING._replace(batch=512) for name in RINGS},
+    ("adjoint_matching_bootstrapped", "double_well"): MATCHING._replace(batch=512, learning_rate=1e-3, times=100),
     ("log_variance", "double_well"): TRAJECTORY._replace(iterations=400),
     **{("path_consistency", name): TRAJECTORY._replace(iterations=300) for name in RINGS},
 }
@@ -216,15 +228,16 @@ def mean_value_action(place: Lab) -> Control:
     return action
 
 
-def discounted_guess_action(place: Lab, gamma: float = 0.9) -> Control:
-    """Where `sqdf` converges to: `a_ref + gamma^(steps to go) std^2/(lambda psi) grad_x r(x_hat(t, x))`, up to one step's change of it.
+def discounted_guess_action(place: Lab, discount: Credit) -> Control:
+    """Where `sqdf` converges to: `a_ref + w std^2/(lambda psi) grad_x r(x_hat(t, x))`, up to one step's change of it.
 
-    `x_hat` is the reference's posterior mean. Steps to go and `std^2/psi` (in the limit `G^2/B`) are those of the training's chain,
-    interpolated: the discount makes the last steps count, and there they are not small in the log-SNR.
+    `x_hat` is the reference's posterior mean. The discount `w` and `std^2/psi` (in the limit `G^2/B`) are
+    those of the training's chain, interpolated: the discount makes the last steps count, and there they are not small in the log-SNR.
     """
     problem, ts, step = place.problem, place.sampler.ts, place.sampler.transitions()
     process = problem.process
-    factors = step.std**2 / step.psi * gamma ** jnp.arange(len(ts) - 1)[::-1]
+    objective = cd.Objective(place.sampler, cd.differentiable(problem.reward), problem.kl_weight)
+    factors = step.std**2 / step.psi * discount(objective)
 
     def guess(t, x):
         return problem.reward(process.terminal_mean(t, x, problem.reference_action(None, t, x)))
@@ -240,7 +253,8 @@ def discounted_guess_action(place: Lab, gamma: float = 0.9) -> Control:
 FIXED_POINTS: dict[str, Callable[[Lab], Control]] = {
     "vard": mean_value_action,
     "score_as_action_published": mean_value_action,
-    "sqdf": discounted_guess_action,
+    "sqdf": functools.partial(discounted_guess_action, discount=cd.estimators.discount_per_step(0.9)),
+    "sqdf_per_time": functools.partial(discounted_guess_action, discount=sqdf_discount_per_time),
 }
 
 
