@@ -16,7 +16,6 @@ from . import (
     diversity as diversity,
     estimators as estimators,
     exploration as exploration,
-    lookahead as lookahead,
     networks as networks,
     objective as objective,
     optimum as optimum,
@@ -33,6 +32,7 @@ from . import (
     summaries as summaries,
     trust as trust,
     values as values,
+    x0_prediction as x0_prediction,
 )
 from .algorithms import (
     Training,
@@ -69,7 +69,7 @@ from .rewards import black_box, differentiable, pooled, seen_through, weighted_s
 from .sampler import Sampler
 from .schedules import RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from .solvers import sample_keys
-from .values import GivenValue, LookaheadValue, PlainValue, StructuredValue
+from .values import GivenValue, PlainValue, StructuredValue, X0RewardValue
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ __all__ = [
     "Sampler", "sample_keys",
     "DiffusionModel", "load", "make_model", "save",
     "black_box", "differentiable", "pooled", "seen_through", "weighted_sum",
-    "GivenValue", "LookaheadValue", "PlainValue", "StructuredValue",
+    "GivenValue", "X0RewardValue", "PlainValue", "StructuredValue",
     "Critic", "Objective", "Training", "compose",
     "adjoint_matching", "alignprop", "ddpo", "dpok", "draft", "flow_grpo", "log_variance", "nabla_db", "path_consistency",
     "refl", "rwr", "score_as_action", "soft_vard", "sqdf", "vard", "vidd",

@@ -13,7 +13,7 @@ def to_go(increments: Float[Array, "n b"]) -> Float[Array, "n b"]:
 
 
 def value_increments(values: Float[Array, "K b"], paid: Float[Array, "K-1 b"]) -> Float[Array, "K-1 b"]:
-    """`V_{j+1} - V_j - paid_j`: what interval `j` gained, in reward units; it pays its running cost and the price of its KL."""
+    """`V_{j+1} - V_j - paid_j`: what interval `j` gained, in reward units; less its running cost and its KL penalty."""
     return values[1:] - values[:-1] - paid
 
 

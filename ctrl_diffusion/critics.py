@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from .advantages import advantages, to_go, value_increments
 from .objective import Objective
 from .process import Cond, Params
-from .rollout import Rollout, Rows
+from .rollout import Rollout, Transitions
 from .values import AbstractValue
 
 Target = Callable[[Objective, Rollout], Float[Array, "n b"]]
@@ -28,13 +28,13 @@ ValueLoss = Callable[[Float[Array, " m"], Float[Array, " m"], Temperature], Floa
 
 
 def returns(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
-    """`r(X_T) - sum_{l >= j} cost_l`: no price. The fixed point of a policy trained on it is not the maximiser of J."""
+    """`r(X_T) - sum_{l >= j} cost_l`: no penalty. The fixed point of a policy trained on it is not the maximiser of J."""
     return rollout.reward - to_go(objective.costs(rollout))
 
 
 def kl_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
     """`r(X_T) - sum_{l >= j} (cost_l + lambda kl_l)`: Monte Carlo returns of J."""
-    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * rollout.price)
+    return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * rollout.penalty)
 
 
 def log_ratio_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
@@ -67,7 +67,7 @@ class Critic(eqx.Module):
     Args:
         value: the function class; `V(t1, x) = r(x)`.
         target: what it is regressed on, `(objective, rollout) -> [n, b]` (default `kl_to_go`).
-        loss: `(value, target, kl_weight) -> scalar`, a mean over rows (default `squared_error`).
+        loss: `(value, target, kl_weight) -> scalar`, a mean over transitions (default `squared_error`).
         horizon: targets look this far ahead, control time: `inf` is Monte Carlo; a finite one replaces the rest of the path by
             the value, with decay per unit time (`V_j + advantages(increments of the value, horizon)`, TD(lambda)).
         frozen: the value's parameters stay as `init` is given them. Otherwise a value with parameters needs an optimiser,
@@ -105,16 +105,20 @@ class Critic(eqx.Module):
         return values[:-1] + advantages(increments, jnp.diff(rollout.t), self.horizon)
 
     def error(
-        self, params: Params, objective: Objective, rows: Rows, largest: Float[Array, ""] | None = None
+        self, params: Params, objective: Objective, transitions: Transitions, largest: Float[Array, ""] | None = None
     ) -> Float[Array, ""]:
-        """Loss of the regression on rows `[m]`; `largest`: see `largest_exponent`."""
-        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
-        return self._loss(value, rows.target, objective.kl_weight, largest)
+        """Loss of the regression on transitions `[m]`; `largest`: see `largest_exponent`."""
+        value = self._value(
+            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
+        )
+        return self._loss(value, transitions.value_target, objective.kl_weight, largest)
 
-    def largest_exponent(self, params: Params, objective: Objective, rows: Rows) -> Float[Array, ""]:
-        """The largest `(target - V) / lambda` of rows `[m]`: what a soft error over parts of a minibatch must know of all of it."""
-        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
-        return jnp.max((rows.target - value) / objective.kl_weight)
+    def largest_exponent(self, params: Params, objective: Objective, transitions: Transitions) -> Float[Array, ""]:
+        """The largest `(target - V) / lambda` of transitions `[m]`: what a soft error over parts of a minibatch must know of all of it."""
+        value = self._value(
+            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
+        )
+        return jnp.max((transitions.value_target - value) / objective.kl_weight)
 
     def _value(self, params: Params, t, x, x_hat, r_hat, cond: Cond) -> Float[Array, " m"]:
         """The value of recorded states; `x` and 0 stand for estimates that it does not use."""
@@ -134,7 +138,7 @@ class Critic(eqx.Module):
         x_hat, r_hat = x, jnp.zeros(x.shape[0], x.dtype)
         if self.value.uses_reward:
             action = objective.sampler.control(reference, t, x, cond)
-            x_hat = objective.lookahead(objective.sampler, reference, t, x, action, cond)
+            x_hat = objective.x0_prediction(objective.sampler, reference, t, x, action, cond)
         if objective.reward.differentiable:
             r_hat = objective.reward(x_hat, cond)
         return self.value(params, t, x, x_hat, r_hat, cond)
@@ -143,7 +147,7 @@ class Critic(eqx.Module):
 class MartingaleCritic(Critic):
     r"""The martingale loss of Jia and Zhou (2022, "Policy evaluation and temporal-difference learning in continuous time"):
 
-        E int_t0^t1 (target - V(t, X_t))^2 dt / (t1 - t0)  =  mean over rows of (dt_j / mean dt) (target - V)^2
+        E int_t0^t1 (target - V(t, X_t))^2 dt / (t1 - t0)  =  mean over transitions of (dt_j / mean dt) (target - V)^2
 
     Its minimiser is the conditional mean of the target at every time, as that of the regression at all times (`Critic` with
     `squared_error`), with which it agrees on a uniform grid; on another one intervals count by length, not by number.
@@ -152,9 +156,11 @@ class MartingaleCritic(Critic):
     loss: ValueLoss = eqx.field(static=True, default_factory=lambda: squared_error, init=False)
 
     def error(
-        self, params: Params, objective: Objective, rows: Rows, largest: Float[Array, ""] | None = None
+        self, params: Params, objective: Objective, transitions: Transitions, largest: Float[Array, ""] | None = None
     ) -> Float[Array, ""]:
         dt = jnp.diff(objective.sampler.ts)
-        weight = jnp.sqrt(dt / jnp.mean(dt))[rows.j]
-        value = self._value(params, objective.sampler.ts[rows.j], rows.x, rows.x_hat, rows.r_hat, rows.cond)
-        return self.loss(weight * value, weight * rows.target, objective.kl_weight)
+        weight = jnp.sqrt(dt / jnp.mean(dt))[transitions.j]
+        value = self._value(
+            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
+        )
+        return self.loss(weight * value, weight * transitions.value_target, objective.kl_weight)

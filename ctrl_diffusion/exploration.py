@@ -36,12 +36,12 @@ class AbstractExploration(eqx.Module):
         """`scale_j`: shift of the recorded noise per unit change of the action in interval `j`."""
 
     @abc.abstractmethod
-    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
-        """Scales of the KL that `kl_weight` prices, `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
+    def kl_scales(self, sampler: Sampler) -> Float[Array, " n"]:
+        """Scales of the KL that `kl_weight` multiplies, `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
 
 
 class Brownian(AbstractExploration):
-    """The SDE's own noise; the price is the chain's own path KL. Needs `eta > 0` and a solver with a Gaussian transition."""
+    """The SDE's own noise; the penalty is the chain's own path KL. Needs `eta > 0` and a solver with a Gaussian transition."""
 
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         self._check(sampler)
@@ -51,7 +51,7 @@ class Brownian(AbstractExploration):
         self._check(sampler)
         return sampler.chain_scales()
 
-    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
+    def kl_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         return self.scales(sampler)
 
     def _check(self, sampler: Sampler) -> None:
@@ -69,7 +69,7 @@ class ActionNoise(AbstractExploration):
     The exploring process has the additional diffusion `c s = (1 + eta^2)/2 strength g`; evaluate without it
     (`Sampler.sample`). A solver restarts in every interval, since the drift jumps there.
 
-    The price is the path KL by Girsanov at the left ends for `eta > 0`. At `eta = 0` the path KL is infinite, and the price is
+    The penalty is the path KL by Girsanov at the left ends for `eta > 0`. At `eta = 0` the path KL is infinite, and the penalty is
     the KL of the exploring policies, `g^2 |a - a_ref|^2 / (2 strength^2)` per unit time: another objective, stated as such.
     """
 
@@ -112,10 +112,10 @@ class ActionNoise(AbstractExploration):
             g = jax.jit(sampler.process.g)(sampler.ts[:-1])
             return jnp.sqrt(jnp.diff(sampler.ts)) * g / self.strength
 
-    def price_scales(self, sampler: Sampler) -> Float[Array, " n"]:
+    def kl_scales(self, sampler: Sampler) -> Float[Array, " n"]:
         return sampler.girsanov_scales() if sampler.is_stochastic else self.scales(sampler)
 
 
 def shift(scales: Float[Array, "..."], a, a_old):
-    """`z = scale (a - a_old)` for actions `[n, *x]` and one scale per row (or one for all)."""
+    """`z = scale (a - a_old)` for actions `[n, *x]` and one scale per transition (or one for all)."""
     return expand(scales, a) * (a - a_old)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from .exploration import AbstractExploration, Brownian, shift
-from .lookahead import Lookahead, posterior_mean
 from .process import Cond, Params, State
 from .rewards import Reward, as_reward
-from .rollout import Rollout, Rows
+from .rollout import Rollout, Transitions
 from .sampler import Sampler, log_ratio
+from .x0_prediction import X0Prediction, posterior_mean
 
 Penalty = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 Paths = Float[Array, "n b *x"]
@@ -29,7 +29,7 @@ Conditions = Callable[[Key[Array, ""], int], Cond]
 
 
 def path_kl(kl: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The price of a step is its KL: the objective of the control problem."""
+    """The penalty of a step is its KL: the objective of the control problem."""
     return kl
 
 
@@ -51,8 +51,8 @@ class Objective(eqx.Module):
         reward: a `Reward`, or any Python function of a numpy batch.
         kl_weight: the temperature lambda, reward units per nat of path KL; at least 0. Algorithms keep it in their state, as an array.
         exploration: how paths are made and judged (default `Brownian()`).
-        penalty: price of a step as a function of its KL (default: the KL itself; others are f-divergences *per step*).
-        lookahead: the guess of the final state that values build on (default `posterior_mean`).
+        penalty: penalty of a step as a function of its KL (default: the KL itself; others are f-divergences *per step*).
+        x0_prediction: the estimate of the final state that values build on (default `posterior_mean`).
         conditions: what paths are sampled for, such as prompts: the law `(key, n) -> arrays [n, ...]` of an iteration's conditions, which
             control, value and (conditional) reward are given row by row; `None`: there are none.
     """
@@ -60,13 +60,13 @@ class Objective(eqx.Module):
     sampler: Sampler
     reward: Reward
     kl_weight: float  # inside programs an array
-    priced: bool = eqx.field(static=True)
+    penalised: bool = eqx.field(static=True)
     exploration: AbstractExploration
     penalty: Penalty = eqx.field(static=True)
-    lookahead: Lookahead = eqx.field(static=True)
+    x0_prediction: X0Prediction = eqx.field(static=True)
     conditions: Conditions | None = eqx.field(static=True)
     scales: Float[Array, " n"]
-    price_scales: Float[Array, " n"]
+    kl_scales: Float[Array, " n"]
 
     def __init__(
         self,
@@ -76,19 +76,19 @@ class Objective(eqx.Module):
         *,
         exploration: AbstractExploration | None = None,
         penalty: Penalty = path_kl,
-        lookahead: Lookahead = posterior_mean,
+        x0_prediction: X0Prediction = posterior_mean,
         conditions: Conditions | None = None,
     ):
         if not kl_weight >= 0:
             raise ValueError(
-                f"kl_weight={kl_weight} must not be negative: it is the temperature lambda, the price per nat of path KL: use 0 for "
-                "no price, more for a weaker tilt."
+                f"kl_weight={kl_weight} must not be negative: it is the temperature lambda, the penalty per nat of path KL: use 0 for "
+                "no penalty, more for a weaker tilt."
             )
         self.sampler, self.reward, self.kl_weight = sampler, as_reward(reward), float(kl_weight)
-        self.priced = self.kl_weight > 0
+        self.penalised = self.kl_weight > 0
         self.exploration = Brownian() if exploration is None else exploration
-        self.penalty, self.lookahead, self.conditions = penalty, lookahead, conditions
-        self.scales, self.price_scales = self.exploration.scales(sampler), self.exploration.price_scales(sampler)
+        self.penalty, self.x0_prediction, self.conditions = penalty, x0_prediction, conditions
+        self.scales, self.kl_scales = self.exploration.scales(sampler), self.exploration.kl_scales(sampler)
 
     @property
     def intervals(self) -> int:
@@ -99,15 +99,17 @@ class Objective(eqx.Module):
         """Actions at states `[m, *x]` of intervals `j`, under conditions `[m, ...]`."""
         return self.sampler.control(params, self.sampler.ts[j], x, cond)
 
-    def price(self, scales: Float[Array, "..."], a: State, a_ref: State) -> Float[Array, " m"]:
+    def step_penalty(self, scales: Float[Array, "..."], a: State, a_ref: State) -> Float[Array, " m"]:
         """Price of intervals in nats (for the KL): `penalty(|scale (a - a_ref)|^2 / 2)`, summed over state dimensions."""
         z = shift(scales, a, a_ref)
         return self.penalty(0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 
-    def step_log_ratio(self, rows: Rows, a: State) -> Float[Array, " m"]:
+    def step_log_ratio(self, transitions: Transitions, a: State) -> Float[Array, " m"]:
         """`log dP^a / dP^ref` of recorded intervals, whoever made them; summed over state dimensions."""
-        scale = self.scales[rows.j]
-        return log_ratio(shift(scale, a, rows.a_old), rows.noise) + _old_to_reference(scale, rows.a_old, rows.a_ref, rows.noise)
+        scale = self.scales[transitions.j]
+        return log_ratio(shift(scale, a, transitions.a_old), transitions.noise) + _old_to_reference(
+            scale, transitions.a_old, transitions.a_ref, transitions.noise
+        )
 
     def step_log_ratios(self, a_old: Paths, a_ref: Paths, noise: Paths) -> Float[Array, "n b"]:
         """`log dP^old / dP^ref` of every interval `[n, b, *x]`, `old` being the policy that made it; summed over state dimensions."""
@@ -118,9 +120,9 @@ class Objective(eqx.Module):
         rate = jax.vmap(self.sampler.process.running_cost)(rollout.t[:-1], rollout.x[:-1])
         return rate * jnp.diff(rollout.t)[:, None]
 
-    def step_prices(self, a_old: Paths, a_ref: Paths) -> Float[Array, "n b"]:
+    def step_penalties(self, a_old: Paths, a_ref: Paths) -> Float[Array, "n b"]:
         """Price of every interval `[n, b, *x]` of the old policy, nats (for the KL)."""
-        return jax.vmap(self.price)(self.price_scales, a_old, a_ref)
+        return jax.vmap(self.step_penalty)(self.kl_scales, a_old, a_ref)
 
 
 def _old_to_reference(scale, a_old, a_ref, noise) -> Float[Array, " m"]:

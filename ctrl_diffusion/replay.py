@@ -102,10 +102,10 @@ class ReplayBuffer(AbstractBehaviour):
     def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
         stored, count = buffer
         batch = rollout.reward.shape[0]
-        rows = (count + jnp.arange(batch)) % self.capacity
+        transitions = (count + jnp.arange(batch)) % self.capacity
 
         def put(axis, old, new):
-            return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[rows].set(jnp.moveaxis(new, axis, 0)), 0, axis)
+            return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[transitions].set(jnp.moveaxis(new, axis, 0)), 0, axis)
 
         stored = over_paths(put, stored, rollout)._replace(t=rollout.t)
         filled = jnp.arange(self.capacity) < count + batch

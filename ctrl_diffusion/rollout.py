@@ -1,4 +1,4 @@
-"""What is recorded of an iteration's paths, and the rows of it that a loss is computed on.
+"""What is recorded of an iteration's paths, and the transitions of it that a loss is computed on.
 
 State-sized arrays are kept only where an estimator, a value or a critic declares that it reads them; a field that nobody reads is
 `None`.
@@ -13,25 +13,26 @@ from .parallel import WHOLE
 from .process import Cond
 
 
-class Rows(NamedTuple):
+class Transitions(NamedTuple):
     """What a loss is computed on: `[m]` (time, sample) pairs, or `[m, n]` whole paths; `j` is the control interval.
 
-    `signal` is what the estimator computed ahead: advantages `[m]`, target actions `[m, *x]`, or nothing. `x_next` is the state
+    `policy_target` is what the estimator computed ahead: advantages `[m]`, target actions `[m, *x]`, or nothing; `value_target` is
+    what the value is regressed on. `x_next` is the state
     at the end of the interval, `weight` what its loss counts (1, unless times are sampled unevenly), `cond` the conditions of the
-    rows, arrays `[m, ...]` (`None` where there are none). Fields that neither the estimator nor the critic reads are `None`.
+    transitions, arrays `[m, ...]` (`None` where there are none). Fields that neither the estimator nor the critic reads are `None`.
     """
 
     j: Int[Array, "..."]
     x: Float[Array, "..."]
     weight: Float[Array, "..."]
-    signal: Any = None
+    policy_target: Any = None
     x_next: Any = None
     noise: Any = None
     a_old: Any = None
     a_ref: Any = None
     x_hat: Any = None
     r_hat: Any = None
-    target: Any = None
+    value_target: Any = None
     cond: Cond = None
 
 
@@ -42,7 +43,7 @@ class Rollout(NamedTuple):
         t: control times `[K]`.
         x: states `[K, b, *x]`.
         reward: of the final states `[b]`.
-        price: what each interval pays, nats (for the KL), `[n, b]`.
+        penalty: the KL of each interval (or the divergence that `Objective.penalty` makes of it), nats, `[n, b]`.
         log_ratio: `log dP^old / dP^ref` of each interval `[n, b]`, summed over state dimensions.
         noise, a_old, a_ref: standard normals and old and reference actions of the intervals `[n, b, *x]`; `None` where nothing reads them.
         x_hat, r_hat: estimates of the final state `[n, b, *x]` and their rewards `[n, b]`; `None` where the value uses none.
@@ -52,7 +53,7 @@ class Rollout(NamedTuple):
     t: Float[Array, " K"]
     x: Float[Array, "K b *x"]
     reward: Float[Array, " b"]
-    price: Float[Array, "n b"]
+    penalty: Float[Array, "n b"]
     log_ratio: Float[Array, "n b"]
     noise: Any = None
     a_old: Any = None
@@ -76,10 +77,10 @@ def over_paths(fn, *rollouts: Rollout) -> Rollout:
 
 
 class Fields(NamedTuple):
-    """Names of the recorded fields that something reads: of whole paths (`Rollout`), and of rows (`Rows`)."""
+    """Names of the recorded fields that something reads: of whole paths (`Rollout`), and of transitions (`Transitions`)."""
 
     paths: frozenset[str] = frozenset()
-    rows: frozenset[str] = frozenset()
+    transitions: frozenset[str] = frozenset()
 
 
 RECORDED = frozenset({"noise", "a_old", "a_ref"})

@@ -22,11 +22,11 @@ from .objective import Objective
 from .parallel import ONE_DEVICE, Layout
 from .predictions import expand
 from .process import Params
-from .rollout import Rows
+from .rollout import Transitions
 
 
 class AbstractTrustRegion(eqx.Module):
-    """Changes parameters to lower a loss, on minibatches or once per iteration on all rows (`once`)."""
+    """Changes parameters to lower a loss, on minibatches or once per iteration on all transitions (`once`)."""
 
     once: ClassVar[bool] = False
 
@@ -35,30 +35,36 @@ class AbstractTrustRegion(eqx.Module):
         """State of the optimiser."""
 
     @abc.abstractmethod
-    def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows) -> tuple[Params, Any, dict[str, Any]]:
+    def minibatch(self, loss: Loss, params: Params, state: Any, transitions: Transitions) -> tuple[Params, Any, dict[str, Any]]:
         """One update on a minibatch."""
 
     def finish(
-        self, objective: Objective, loss: Loss, params: Params, rows: Rows, layout: Layout = ONE_DEVICE, parts: int = 1
+        self,
+        objective: Objective,
+        loss: Loss,
+        params: Params,
+        transitions: Transitions,
+        layout: Layout = ONE_DEVICE,
+        parts: int = 1,
     ) -> tuple[Params, dict[str, Any]]:
-        """One update on all rows of an iteration, which are worked through in `parts` on the devices of `layout`."""
+        """One update on all transitions of an iteration, which are worked through in `parts` on the devices of `layout`."""
         return params, {}
 
-    def loss_evaluations(self, rows: int, epochs: int) -> int:
-        """Rows on which the loss is evaluated with its gradient in an iteration of `epochs` passes, or at the like cost."""
-        return rows * epochs
+    def loss_evaluations(self, transitions: int, epochs: int) -> int:
+        """Transitions on which the loss is evaluated with its gradient in an iteration of `epochs` passes, or at the like cost."""
+        return transitions * epochs
 
 
 class FirstOrder(AbstractTrustRegion):
-    """An optax optimiser on minibatches; a clip, a mask or a proximal price of the estimator bounds the step."""
+    """An optax optimiser on minibatches; a clip, a mask or a proximal penalty of the estimator bounds the step."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
 
     def init(self, params: Params) -> optax.OptState:
         return self.optimizer.init(params)
 
-    def minibatch(self, loss: Loss, params: Params, state: optax.OptState, rows: Rows):
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows)
+    def minibatch(self, loss: Loss, params: Params, state: optax.OptState, transitions: Transitions):
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, transitions)
         change, state = self.optimizer.update(gradient, state, params)
         return (
             optax.apply_updates(params, change),
@@ -71,7 +77,7 @@ class NaturalGradient(AbstractTrustRegion):
     r"""TRPO: the direction `F^{-1} g` by conjugate gradient, the longest step of KL `radius`, its KL halved until it holds.
 
     `F` is the Hessian of the path KL at the old policy, `sum_j E (scale_j da/dtheta)^T (scale_j da/dtheta)`, applied by one jvp and
-    one vjp. A step is taken if the *measured* path KL (on all rows, not its quadratic model) is at most `radius` and the loss is
+    one vjp. A step is taken if the *measured* path KL (on all transitions, not its quadratic model) is at most `radius` and the loss is
     lower; after `backtracks` halvings without one, the parameters stay. Schulman et al. 2015, appendix C.
 
     Args:
@@ -79,9 +85,9 @@ class NaturalGradient(AbstractTrustRegion):
         iterations: of conjugate gradient.
         damping: added to the diagonal of `F`, nats per squared parameter.
         backtracks: halvings of the KL.
-        fisher_rows: how many rows `F` is averaged over, evenly spread over times and samples; `None`: all. Far fewer than there are
-            parameters, and the direction grows where these rows have no say: the line search then gives most of the step back.
-            Of rows that are worked through in parts (`Training.accumulation`), every part has as many.
+        fisher_transitions: how many transitions `F` is averaged over, evenly spread over times and samples; `None`: all. With far fewer
+            than there are parameters, the direction grows where these transitions have no say: the line search then gives most of
+            the step back. Of transitions that are worked through in parts (`Training.accumulation`), every part has as many.
     """
 
     once: ClassVar[bool] = True
@@ -89,7 +95,7 @@ class NaturalGradient(AbstractTrustRegion):
     iterations: int = eqx.field(static=True, default=10)
     damping: float = eqx.field(static=True, default=1e-3)
     backtracks: int = eqx.field(static=True, default=10)
-    fisher_rows: int | None = eqx.field(static=True, default=None)
+    fisher_transitions: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if not self.radius > 0:
@@ -102,26 +108,32 @@ class NaturalGradient(AbstractTrustRegion):
     def init(self, params: Params) -> Any:
         return ()
 
-    def minibatch(self, loss: Loss, params: Params, state: Any, rows: Rows):
+    def minibatch(self, loss: Loss, params: Params, state: Any, transitions: Transitions):
         return params, state, {}
 
-    def loss_evaluations(self, rows: int, epochs: int) -> int:
+    def loss_evaluations(self, transitions: int, epochs: int) -> int:
         """The gradient, a jvp and a vjp per conjugate-gradient iteration, and the line search's first attempt (three forwards).
 
         Further attempts, at most `backtracks`, are not counted.
         """
-        fisher = rows if self.fisher_rows is None else min(rows, self.fisher_rows)
-        return 2 * rows + 2 * (self.iterations + 1) * fisher
+        fisher = transitions if self.fisher_transitions is None else min(transitions, self.fisher_transitions)
+        return 2 * transitions + 2 * (self.iterations + 1) * fisher
 
     def finish(
-        self, objective: Objective, loss: Loss, params: Params, rows: Rows, layout: Layout = ONE_DEVICE, parts: int = 1
+        self,
+        objective: Objective,
+        loss: Loss,
+        params: Params,
+        transitions: Transitions,
+        layout: Layout = ONE_DEVICE,
+        parts: int = 1,
     ) -> tuple[Params, dict[str, Any]]:
         mean = partial(mean_in_parts, layout=layout, parts=parts)
-        (before, loss_metrics), gradient = mean(partial(jax.value_and_grad(loss, has_aux=True), params), rows)
-        states = per_path(rows)[0] if rows.j.ndim == 2 else rows
+        (before, loss_metrics), gradient = mean(partial(jax.value_and_grad(loss, has_aux=True), params), transitions)
+        states = per_path(transitions)[0] if transitions.j.ndim == 2 else transitions
         count = len(states.j)
-        fisher_rows = max(min(self.fisher_rows or count, count) // parts, 1) * parts
-        spread = np.linspace(0, count - 1, fisher_rows).round().astype(int)
+        fisher_transitions = max(min(self.fisher_transitions or count, count) // parts, 1) * parts
+        spread = np.linspace(0, count - 1, fisher_transitions).round().astype(int)
         by_time = jnp.argsort(states.j)
         some = jax.tree.map(lambda v: v[by_time[spread]], states)
 
@@ -137,7 +149,7 @@ class NaturalGradient(AbstractTrustRegion):
         def attempt(i):
             candidate = optax.tree.add_scale(params, -longest * 0.5 ** (0.5 * i), direction)
             kl = mean(lambda part: moved_kl(objective, candidate, params, part), states)
-            return candidate, kl, mean(lambda part: loss(candidate, part)[0], rows)
+            return candidate, kl, mean(lambda part: loss(candidate, part)[0], transitions)
 
         def rejected(carry):
             i, _, kl, after = carry
@@ -160,19 +172,21 @@ class NaturalGradient(AbstractTrustRegion):
         return params, metrics
 
 
-def moved_kl(objective: Objective, params: Params, old: Params, rows: Rows) -> Float[Array, ""]:
-    """Path KL from the policy `old` to `params`, nats: weighted mean of a step's KL over rows `[m]`, times the number of steps."""
-    a, a_old = (objective.control(p, rows.j, rows.x, rows.cond) for p in (params, old))
-    z = shift(objective.scales[rows.j], a, a_old)
-    return objective.intervals * jnp.mean(rows.weight * 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
+def moved_kl(objective: Objective, params: Params, old: Params, transitions: Transitions) -> Float[Array, ""]:
+    """Path KL from the policy `old` to `params`, nats: weighted mean of a step's KL over transitions `[m]`, times the number of steps."""
+    a, a_old = (objective.control(p, transitions.j, transitions.x, transitions.cond) for p in (params, old))
+    z = shift(objective.scales[transitions.j], a, a_old)
+    return objective.intervals * jnp.mean(transitions.weight * 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 
 
-def fisher_product(objective: Objective, params: Params, rows: Rows, vector: Params) -> Params:
+def fisher_product(objective: Objective, params: Params, transitions: Transitions, vector: Params) -> Params:
     """`F v`, with `F` the Hessian of `moved_kl(params, old)` at `params = old`."""
 
     def scaled(params):
-        return shift(objective.scales[rows.j], objective.control(params, rows.j, rows.x, rows.cond), 0.0)
+        return shift(
+            objective.scales[transitions.j], objective.control(params, transitions.j, transitions.x, transitions.cond), 0.0
+        )
 
     _, tangent = jax.jvp(scaled, (params,), (vector,))
     _, vjp = jax.vjp(scaled, params)
-    return vjp(objective.intervals / tangent.shape[0] * expand(rows.weight, tangent) * tangent)[0]
+    return vjp(objective.intervals / tangent.shape[0] * expand(transitions.weight, tangent) * tangent)[0]

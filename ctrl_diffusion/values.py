@@ -146,8 +146,8 @@ class NoValue(AbstractValue):
         return jnp.where(self.remaining(t) <= 0, r_hat, jnp.zeros_like(r_hat))
 
 
-class LookaheadValue(AbstractValue):
-    """`r(x_hat)`: the reward of a guess of the final state, such as the posterior mean. Nothing is learned."""
+class X0RewardValue(AbstractValue):
+    """`r(x_hat)`: the reward of the x0 prediction, such as the posterior mean. Nothing is learned."""
 
     t0: float = eqx.field(static=True)
     t1: float = eqx.field(static=True)

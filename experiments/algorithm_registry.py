@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     Attributes:
         make: from `Settings` to an `Algorithm`.
         learns_value: whether it trains the value network.
-        priced: whether the published method prices the path KL; if not, its default price is 0.
+        penalised: whether the published method prices the path KL; if not, its default price is 0.
         differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
         needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
         options: which of `OPTIONS` it has.
@@ -40,14 +40,14 @@ class Choice(NamedTuple):
     make: Callable[[Settings], cd.algorithms.Algorithm]
     description: str
     learns_value: bool = False
-    priced: bool = True
+    penalised: bool = True
     differentiates: bool = False
     needs_several: bool = False
     options: tuple[str, ...] = ()
 
 
 def _trpo(s: Settings) -> cd.algorithms.Algorithm:
-    region = cd.trust.NaturalGradient(s.kl_radius, fisher_rows=8192)
+    region = cd.trust.NaturalGradient(s.kl_radius, fisher_transitions=8192)
     return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
 
 
@@ -70,7 +70,7 @@ ALGORITHMS: dict[str, Choice] = {
     "ddpo": Choice(
         lambda s: cd.ddpo(s.objective, s.training, clip=s.clip),
         "likelihood ratio of the return",
-        priced=False,
+        penalised=False,
         options=("clip",),
     ),
     "dpok": Choice(
@@ -95,18 +95,18 @@ ALGORITHMS: dict[str, Choice] = {
         differentiates=True,
     ),
     "draft": Choice(
-        lambda s: cd.draft(s.objective, s.training), "gradient through the whole chain", priced=False, differentiates=True
+        lambda s: cd.draft(s.objective, s.training), "gradient through the whole chain", penalised=False, differentiates=True
     ),
     "draft_1": Choice(
         lambda s: cd.draft(s.objective, s.training, steps=1),
         "gradient through the last step",
-        priced=False,
+        penalised=False,
         differentiates=True,
     ),
     "alignprop": Choice(
-        lambda s: cd.alignprop(s.objective, s.training), "draft in small memory", priced=False, differentiates=True
+        lambda s: cd.alignprop(s.objective, s.training), "draft in small memory", penalised=False, differentiates=True
     ),
-    "refl": Choice(lambda s: cd.refl(s.objective, s.training), "reward of late guesses", priced=False, differentiates=True),
+    "refl": Choice(lambda s: cd.refl(s.objective, s.training), "reward of late guesses", penalised=False, differentiates=True),
     "adjoint_matching": Choice(
         lambda s: cd.adjoint_matching(s.objective, s.training), "regression on the lean adjoint", differentiates=True
     ),

@@ -1,4 +1,4 @@
-"""A small digit classifier, trained on noisy images: the reward model, and (on the other half of the data) the held-out judge."""
+"""A small digit classifier, trained on noisy images: the reward model, and (on the other half of the data) the held-out reward."""
 
 from collections.abc import Callable
 from typing import Any

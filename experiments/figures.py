@@ -89,7 +89,7 @@ def curve_panels(
 ) -> list[Panel]:
     """Reward, path KL and relative gap against the time spent fine-tuning; those without any data are left out.
 
-    The held-out judge shares the axes of the reward if it has the `same_scale`, and has its own otherwise.
+    The held-out reward shares the axes of the reward if it has the `same_scale`, and has its own otherwise.
     """
     rows = [row for row in history if row.get("phase") == "finetune"]
     start = {  # before the first update the policy is the reference
@@ -129,7 +129,7 @@ def curve_panels(
     def reward(axes: Axes) -> None:
         batches(axes, "reward", AFTER, "training batches", alpha=0.5, linewidth=1.1)
         if same_scale:
-            batches(axes, "held_out_reward", HELD_OUT, "held-out judge", linestyle="--", linewidth=1.4)
+            batches(axes, "held_out_reward", HELD_OUT, "held-out reward", linestyle="--", linewidth=1.4)
         evaluations(axes, "evaluation_reward")
         optimum = (metrics.get("optimum_reward"), "optimum", OPTIMUM, "above")
         finish(axes, f"mean reward ({unit})", [optimum, (metrics.get("reward_reference"), "reference", "#666666", "below")])
@@ -158,7 +158,7 @@ def curve_panels(
         ("relative_gap",): Panel("Relative optimality gap", "Relative optimality gap against fine-tuning time", gap),
     }
     if not same_scale:
-        panels["held_out_reward",] = Panel("Held-out judge", "Held-out judge against fine-tuning time", held_out)
+        panels["held_out_reward",] = Panel("Held-out reward", "Held-out reward against fine-tuning time", held_out)
     return [panel for names, panel in panels.items() if any(row.get(name) is not None for row in rows for name in names)]
 
 

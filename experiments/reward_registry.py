@@ -161,7 +161,7 @@ def _own(name: str, prompts: Sequence[str]) -> Reward:
             f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
         ) from error
 
-    def judge(images: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+    def score(images: np.ndarray, prompt: np.ndarray) -> np.ndarray:
         return np.asarray(fn(images, [prompts[i] for i in prompt]))
 
-    return black_box(judge, function, conditional=True)
+    return black_box(score, function, conditional=True)

@@ -100,7 +100,7 @@ def composed(name, layout, reward=None, **settings):
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS), dtype=dtype)
     objective = cd.Objective(sampler, reward or cd.differentiable(EXACT.reward), kl_weight=1.0)
-    policy = cd.trust.NaturalGradient(0.1, fisher_rows=64) if name == "natural gradient" else optax.sgd(1e-2)
+    policy = cd.trust.NaturalGradient(0.1, fisher_transitions=64) if name == "natural gradient" else optax.sgd(1e-2)
     settings = {"minibatches": 2, "average": 0.9} | settings
     training = cd.Training(policy, BATCH, value=optax.sgd(1.0), layout=layout, **settings)
     algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)
@@ -216,7 +216,7 @@ def test_a_pass_in_one_program_gives_the_same_update(name):
     ids=["pairs", "paths"],
 )
 def test_stratified_minibatches_do_not_depend_on_the_devices(name, ways):
-    """Rows that are (time, sample) pairs, and rows that are paths; also where a pass is one program."""
+    """Transitions that are (time, sample) pairs, and rows that are paths; also where a pass is one program."""
     alone, _ = made(name, stratified=True)
     for layout, settings in ways:
         same(made(name, layout, stratified=True, **settings)[0], alone)

@@ -21,7 +21,7 @@ from ctrl_diffusion.estimators import (
 )
 from ctrl_diffusion.objective import chi_squared, squared_hellinger
 from ctrl_diffusion.replay import positive_reward
-from ctrl_diffusion.rollout import Rollout, Rows
+from ctrl_diffusion.rollout import Rollout, Transitions
 from ctrl_diffusion.solvers import power
 from ctrl_diffusion.trust import fisher_product, moved_kl
 from ctrl_diffusion.values import NoValue
@@ -106,13 +106,13 @@ def test_reverse_detailed_balance_finds_the_value():
 
 
 def pairs(problem, params, batch=512):
-    """Rows of on-policy states, with nothing but what distances need."""
+    """Transitions of on-policy states, with nothing but what distances need."""
     path = jax.jit(problem.sampler.trajectory)(params, cd.sample_keys(jax.random.key(0), batch))
     n = problem.intervals
     j = jnp.repeat(jnp.arange(n), batch)
     x = path.x[:-1].reshape(n * batch, 1)
     empty = jnp.zeros(n * batch)
-    return Rows(j, x, jnp.ones_like(empty))
+    return Transitions(j, x, jnp.ones_like(empty))
 
 
 def test_fisher_product_is_the_hessian_of_the_path_kl():
@@ -142,11 +142,11 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
     np.testing.assert_allclose(hessian, matrix, rtol=2e-3, atol=2e-3 * np.max(np.abs(matrix)))
 
 
-@pytest.mark.parametrize("fisher_rows", [None, 512])
-def test_trpo_stays_in_its_radius_in_every_iteration(fisher_rows):
+@pytest.mark.parametrize("fisher_transitions", [None, 512])
+def test_trpo_stays_in_its_radius_in_every_iteration(fisher_transitions):
     """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
     radius = 0.03
-    region = cd.trust.NaturalGradient(radius, fisher_rows=fisher_rows)
+    region = cd.trust.NaturalGradient(radius, fisher_transitions=fisher_transitions)
     training = cd.Training(region, 512, 1, 1)
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
@@ -233,20 +233,20 @@ def test_replay_by_priority():
 
 
 def test_sampled_times_leave_the_gradient_where_it_is():
-    """Rows at a few times, late ones preferred: the weighted mean is that of all rows, the plain mean is not."""
+    """Transitions at a few times, late ones preferred: the weighted mean is that of all rows, the plain mean is not."""
     n, batch = 10, 40_000
     t = jnp.linspace(0.0, 0.9, n)
     j = jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch))
     values = jnp.exp(t)[:, None] + 0.1 * jax.random.normal(jax.random.key(1), (n, batch))
-    columns = Rows(j, values, jnp.ones_like(values), values, noise=values)
+    columns = Transitions(j, values, jnp.ones_like(values), values, noise=values)
     rows = cd.algorithms.TimeSampling(3, lambda t: 0.2 + t)(jax.random.key(0), t, columns)
     np.testing.assert_array_equal(
-        rows.signal, values[rows.j, jnp.arange(batch)]
+        rows.policy_target, values[rows.j, jnp.arange(batch)]
     )  # all columns of a row are of one (time, path)
-    weighted = rows.weight * rows.signal
+    weighted = rows.weight * rows.policy_target
     error = float(jnp.std(weighted)) / weighted.size**0.5
     assert abs(float(jnp.mean(weighted) - jnp.mean(values))) < 5 * error
-    assert float(jnp.mean(rows.signal) - jnp.mean(values)) > 20 * error
+    assert float(jnp.mean(rows.policy_target) - jnp.mean(values)) > 20 * error
 
 
 def test_sampled_times_train_to_the_same_gradient():
@@ -285,15 +285,15 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
 
     (m, v), (m1, v1) = moments(tau), moments(end)
     exact_end = m1 + np.sqrt(v1 / v) * (x - m)  # the flow keeps quantiles
-    errors = [cd.lookahead.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
+    errors = [cd.x0_prediction.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
     assert np.max(np.abs(errors[0])) < 0.12
     np.testing.assert_allclose(errors[0], 2 * errors[1], atol=0.1 * float(np.max(np.abs(errors[0]))))  # first order
     clean = cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.0, tau_max=2.0))
     clean = cd.Sampler(clean, control, (1,), grid=clean.grid(5))
-    one = cd.lookahead.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
-    np.testing.assert_allclose(one, cd.lookahead.posterior_mean(clean, None, t, x, score), atol=1e-5)
+    one = cd.x0_prediction.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)
+    np.testing.assert_allclose(one, cd.x0_prediction.posterior_mean(clean, None, t, x, score), atol=1e-5)
     with pytest.raises(ValueError, match="steps=0"):
-        cd.lookahead.few_step_ode(0)
+        cd.x0_prediction.few_step_ode(0)
 
 
 @pytest.mark.slow
@@ -317,10 +317,10 @@ def test_a_strangers_algorithm():
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 25):
         state, _ = mine.step(key, state)
-    ruler = exact.Ruler(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
-    gap = ruler.gap(sampler.control, state.params)
+    evaluator = exact.Evaluator(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
+    gap = evaluator.gap(sampler.control, state.params)
     assert gap.relative.mean < 0.05  # measured: 0.032 +- 0.002 after 25 iterations of 256 paths
-    assert ruler.gap(sampler.control, params).relative.mean > 0.99
+    assert evaluator.gap(sampler.control, params).relative.mean > 0.99
 
 
 REFUSALS = {
@@ -382,7 +382,7 @@ def test_stratified_minibatches_deal_out_groups_of_rows(minibatches):
     """4 paths of 5 intervals: a pass has every row once, a minibatch one of each `minibatches` consecutive rows."""
     training = cd.Training(optax.sgd(1.0), 4, minibatches=minibatches, stratified=True)
     algorithm = cd.compose(objective(5), Pathwise(1), EXACT, training)
-    rows = Rows(jnp.tile(jnp.arange(5), 4), jnp.arange(20.0)[:, None], jnp.ones(20))
+    rows = Transitions(jnp.tile(jnp.arange(5), 4), jnp.arange(20.0)[:, None], jnp.ones(20))
     dealt = []
     for seed in range(40):
         order = algorithm.programs["shuffle"].run(jax.random.key(seed))

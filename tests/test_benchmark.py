@@ -54,7 +54,9 @@ def test_rows_and_ratios_are_put_to_use(task):
     learned, metrics = benchmark.our_update(task)(0)
     assert len(learned) == 5
     assert 0.02 < float(metrics["clip_fraction"]) < 0.9
-    price = task.objective.price(task.objective.price_scales[0], *(task.recorded.rows.a_old[:1], task.recorded.rows.a_ref[:1]))
+    price = task.objective.step_penalty(
+        task.objective.kl_scales[0], *(task.recorded.rows.a_old[:1], task.recorded.rows.a_ref[:1])
+    )
     assert float(price[0]) > 0
 
 
@@ -93,7 +95,7 @@ def test_without_torch_its_rows_say_so(task, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "experiments.benchmark.pytorch", raising=False)
     monkeypatch.delattr("experiments.benchmark.pytorch", raising=False)
     sides, about = benchmark.torch_sides(TINY, task, None, None, None)
-    assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[bench]'"] * 2
+    assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[prepared]'"] * 2
     assert about == {"torch": None, "torch_threads": None}
     sides, _ = benchmark.torch_sides(dataclasses.replace(TINY, torch=False), task, None, None, None)
     assert sides[0].reason == "not asked for (--no-torch)"

@@ -17,7 +17,7 @@ def one_iteration(name, reward):
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
     network = cd.ResidualMLP((8, 8, 1), (8, 8, 1), width=16, depth=1, rngs=nnx.Rngs(0))
     model = cd.make_model(network, process, (8, 8, 1), grid=process.grid(config.steps))
-    kl_weight = 1.0 if ALGORITHMS[name].priced else 0.0
+    kl_weight = 1.0 if ALGORITHMS[name].penalised else 0.0
     algorithm, value_params = digits._algorithm(config, model.sampler, reward, kl_weight)
     state = algorithm.init(model.params, value_params)
     start = jax.tree.map(np.asarray, state.params)

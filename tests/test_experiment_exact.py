@@ -21,14 +21,12 @@ from ctrl_diffusion.solvers import power
 from experiments.algorithm_registry import ALGORITHMS, Settings, choose
 from experiments.exact import experiment as leaderboard
 from experiments.exact.report import overview
+from experiments.exact.setup import DIFFUSION, PROBLEMS, setup
 from experiments.exact.units import (
-    DIFFUSION,
     ENTRIES,
     FIXED_POINTS,
     FOR_THIS_PROBLEM,
-    PROBLEMS,
     budget_for,
-    lab,
     mean_value_action,
     sqdf_discount_per_time,
     structured_value,
@@ -54,7 +52,7 @@ def test_the_default_covers_every_algorithm_on_the_ring_and_two_elsewhere():
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_policies_start_at_the_reference_and_see_what_is_said(problem):
     """One network of all coordinates, but for the double well: there coordinate i moves with coordinate i alone."""
-    place = lab(problem)
+    place = setup(problem)
     start, _ = place.start(0)
     control, reference = place.sampler.control, place.problem.reference_action
     process = place.problem.process
@@ -125,7 +123,7 @@ def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
 
 def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_temperature():
     """Under `a = a_ref + (a*_{lambda/2} - a_ref)/2` the mean reward from x is `V*_{lambda/2}(t, x)`, so `a` is greedy for it."""
-    place = lab("ring_linear")
+    place = setup("ring_linear")
     problem = place.problem
     action = mean_value_action(place)
     half = type(problem)(problem.process, problem.data, problem.reward, problem.kl_weight / 2)
@@ -149,7 +147,7 @@ def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_tempe
 @pytest.mark.parametrize("name", ["sqdf", "sqdf_per_time"])
 def test_the_fixed_point_of_the_discounted_x0_reward_is_stationary(name):
     """On the ring's chain, the gradient of SQDF's loss in a scale of the pull vanishes there, but for one step's change."""
-    place = lab("ring_linear")
+    place = setup("ring_linear")
     problem, pulled = place.problem, FIXED_POINTS[name](place)
 
     def control(params, t, x, cond=None):
@@ -171,7 +169,7 @@ def test_the_fixed_point_of_the_discounted_x0_reward_is_stationary(name):
 def test_plain_names_are_the_published_methods():
     """Variants have names of their own; SQDF's discount per unit of time is the published one on the paper's 50 equal steps."""
     assert all(ENTRIES[name] is choice for name, choice in ALGORITHMS.items())
-    place = lab("ring_linear")
+    place = setup("ring_linear")
     process = place.problem.process
     paper = cd.Sampler(process, place.sampler.control, (2,), grid=process.grid(50))
     for sampler, same in ((paper, True), (place.sampler, False)):
@@ -207,7 +205,7 @@ def test_what_the_grid_bounds():
         own, reference = jax.lax.map(rates, rows)
         return float(jnp.sum(own) / jnp.sum(reference))
 
-    place = lab("ring_linear")
+    place = setup("ring_linear")
     problem, process = place.problem, place.problem.process
     optimal = cd.Sampler(place.sampler.process, problem.optimal_action, (2,), grid=place.sampler.grid)
     assert abs(gap(problem, optimal) - 0.0044) < 0.001

@@ -11,7 +11,7 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.critics import MartingaleCritic, squared_error
-from ctrl_diffusion.rollout import Rollout, Rows
+from ctrl_diffusion.rollout import Rollout, Transitions
 from experiments.value_networks import experiment as value_networks
 from experiments.value_networks.cases import PROBLEMS, continuations, log_mean_exp, noised_paths
 from experiments.value_networks.report import relative_errors
@@ -116,7 +116,7 @@ def test_td_mixes_targets_of_one_two_and_three_steps(objective):
     monte_carlo = jnp.asarray([[6.25], [6.75], [7.0]])
 
     def targets(horizon: float) -> list[float]:
-        critic = cd.Critic(cd.LookaheadValue(0.0, 1.0), target=lambda objective, rollout: monte_carlo, horizon=horizon)
+        critic = cd.Critic(cd.X0RewardValue(0.0, 1.0), target=lambda objective, rollout: monte_carlo, horizon=horizon)
         return np.asarray(critic.targets(objective, rollout, values))[:, 0].tolist()
 
     assert targets(math.inf) == [6.25, 6.75, 7.0]
@@ -127,10 +127,10 @@ def test_td_mixes_targets_of_one_two_and_three_steps(objective):
 
 def test_the_martingale_loss_is_an_integral_over_time(objective):
     """Intervals of 0.2, 0.7, 0.099 with errors 1, 2, 3: `(0.2 + 4 x 0.7 + 9 x 0.099) / 0.999`; the regression: 14/3."""
-    value = cd.LookaheadValue(objective.sampler.process.t0, objective.sampler.process.t1)
+    value = cd.X0RewardValue(objective.sampler.process.t0, objective.sampler.process.t1)
     j, zeros = jnp.arange(3), jnp.zeros((3, 2))
     goal = jnp.asarray([1.0, -2.0, 3.0])
-    rows = Rows(j, zeros, weight=jnp.ones(3), x_hat=zeros, r_hat=jnp.zeros(3), target=goal)
+    rows = Transitions(j, zeros, weight=jnp.ones(3), x_hat=zeros, r_hat=jnp.zeros(3), value_target=goal)
     dt = np.diff(objective.sampler.times)
     assert float(MartingaleCritic(value).error((), objective, rows)) == pytest.approx(dt @ [1, 4, 9] / dt.sum(), rel=1e-5)
     assert float(cd.Critic(value).error((), objective, rows)) == pytest.approx(14 / 3)
@@ -212,18 +212,18 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.slow
 def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    args = ["--out", str(out), "--problems", "ring_linear", "digits", "--variants", "optimum_soft", "lookahead"]
+    args = ["--out", str(out), "--problems", "ring_linear", "digits", "--variants", "optimum_soft", "x0_prediction"]
     args += ["--iterations", "6", "--paths", "256", "--states", "64", "--digit-states", "4", "--continuations", "16"]
     args += ["--pretrain-steps", "20"]
     assert value_networks.main(args) == 0
     results = json.loads((out / "metrics.json").read_text())["results"]
     by_unit = {(r["problem"], r["variant"]): r for r in results}
     assert len(by_unit) == 3  # the optimum of the digits is not known
-    learned, guess = by_unit["ring_linear", "optimum_soft"], by_unit["ring_linear", "lookahead"]
+    learned, guess = by_unit["ring_linear", "optimum_soft"], by_unit["ring_linear", "x0_prediction"]
     assert learned["updates"] == 48 and guess["updates"] == 0
     assert learned["error_own"] < 0.5 * learned["early_error_own"]  # 0.3 of 1.6 in fact
     assert learned["error_own"] == learned["error_soft"] == pytest.approx(learned["error_at_optimum"], rel=1e-5)
-    digits = by_unit["digits", "lookahead"]
+    digits = by_unit["digits", "x0_prediction"]
     assert guess["estimate_error"] == 0 < digits["estimate_error"] and digits["error_at_optimum"] is None
     for problem in ("ring_linear", "digits"):
         for name in ("errors", "curves"):
@@ -232,7 +232,7 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
 
     # of a run that was stopped only what is missing is made again, the paths of its problem included
     made, again = [], []
-    missing = out / "units" / "ring_linear-lookahead.json"
+    missing = out / "units" / "ring_linear-x0_prediction.json"
     result = json.loads(missing.read_text())
     (out / "metrics.json").unlink()
     missing.unlink()
@@ -240,7 +240,7 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(value_networks, "PROBLEMS", stubs)
     monkeypatch.setattr(value_networks, "learn", lambda case, variant, budget, layout: again.append(variant.name) or result)
     assert value_networks.main(args) == 0
-    assert (made, again) == (["ring_linear"], ["lookahead"])
+    assert (made, again) == (["ring_linear"], ["x0_prediction"])
     assert json.loads((out / "metrics.json").read_text())["results"] == results
     capsys.readouterr()
     assert value_networks.main(args) == 0

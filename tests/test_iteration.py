@@ -88,13 +88,20 @@ def recorded(make, **settings):
     results = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS, PHI))
     rows, paths = results["prepare"].results[0], results["remember"].results[1]
     there = [{name for name, v in fields._asdict().items() if v is not None} for fields in (rows, paths)]
-    return there[0] - {"j", "x", "weight", "signal", "cond"}, there[1] - {"t", "x", "reward", "price", "log_ratio", "cond"}
+    return there[0] - {"j", "x", "weight", "policy_target", "cond"}, there[1] - {
+        "t",
+        "x",
+        "reward",
+        "penalty",
+        "log_ratio",
+        "cond",
+    }
 
 
 FIELDS = {
     "score_as_action": (
         lambda o, t: cd.score_as_action(o, VALUE, t),
-        {"noise", "a_old", "a_ref", "x_hat", "r_hat", "target"},
+        {"noise", "a_old", "a_ref", "x_hat", "r_hat", "value_target"},
         {"noise", "a_old", "a_ref", "x_hat", "r_hat"},
     ),
     "ddpo": (cd.ddpo, {"noise", "a_old", "a_ref"}, {"noise", "a_old", "a_ref"}),
@@ -104,7 +111,7 @@ FIELDS = {
     "rwr": (cd.rwr, {"noise", "a_old"}, {"noise", "a_old"}),
     "nabla_db": (
         lambda o, t: cd.nabla_db(o, VALUE, t),
-        {"x_next", "a_ref", "x_hat", "r_hat", "target"},
+        {"x_next", "a_ref", "x_hat", "r_hat", "value_target"},
         {"a_ref", "x_hat", "r_hat"},
     ),
 }
@@ -112,7 +119,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_only_what_is_read_is_recorded(name):
-    """Rows and paths hold what estimator, value and critic declare: `draft` needs no action of its own, the adjoint no noise."""
+    """Transitions and paths hold what estimator, value and critic declare: `draft` needs no action of its own, the adjoint no noise."""
     make, rows, paths = FIELDS[name]
     assert recorded(make) == (rows, paths)
 
@@ -120,7 +127,7 @@ def test_only_what_is_read_is_recorded(name):
 def test_without_a_price_the_reference_is_not_read():
     algorithm = cd.ddpo(objective(0.0), training())
     found = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS))
-    assert found["prepare"].results[0].a_ref is None and not algorithm.recipe.objective.priced
+    assert found["prepare"].results[0].a_ref is None and not algorithm.recipe.objective.penalised
 
 
 def test_a_critic_that_could_not_learn_is_refused():

@@ -12,7 +12,7 @@ from flax import nnx
 import ctrl_diffusion as cd
 from ctrl_diffusion.estimators import GradientBalance, LikelihoodRatio, Matching, Pathwise, WeightedLikelihood
 from ctrl_diffusion.runs import RunDirectory, finetune
-from ctrl_diffusion.values import LookaheadValue, NoValue
+from ctrl_diffusion.values import NoValue, X0RewardValue
 
 PROCESS = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
 SHAPE = (4, 4, 1)
@@ -21,7 +21,7 @@ F, PHI = cd.value_network(cd.ResidualMLP(SHAPE, (), width=8, depth=1, rngs=nnx.R
 STEPS = (25, 100, 400)
 LEARNED = cd.Critic(cd.StructuredValue(F, PROCESS.t0, PROCESS.t1))
 RETURNS = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
-GUESS = cd.Critic(LookaheadValue(PROCESS.t0, PROCESS.t1))
+GUESS = cd.Critic(X0RewardValue(PROCESS.t0, PROCESS.t1))
 ONE_STEP = {
     "likelihood ratio": (LikelihoodRatio(clip=0.2), LEARNED),
     "weighted likelihood": (WeightedLikelihood(), RETURNS),

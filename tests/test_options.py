@@ -20,7 +20,7 @@ OTHER = {"clip": 0.1, "horizon": 0.3, "kl_radius": 0.02}
 
 
 def settings(name):
-    objective = cd.Objective(SAMPLER, cd.differentiable(PROBLEM.reward), 1.0 if ALGORITHMS[name].priced else 0.0)
+    objective = cd.Objective(SAMPLER, cd.differentiable(PROBLEM.reward), 1.0 if ALGORITHMS[name].penalised else 0.0)
     value = cd.StructuredValue(lambda params, t, x, cond: x[:, 0], PROBLEM.process.t0, PROBLEM.process.t1)
     return Settings(objective, value, cd.Training(optax.sgd(0.1), 8, value=optax.sgd(0.1)))
 

@@ -121,9 +121,9 @@ def test_the_numbers_are_on_the_page_with_errors_and_units(directory, quick):
     for name, value in CONFIG.items():
         assert f"<code>{name}</code></td><td>{value}</td>" in page.source
     assert page.notes == []  # nothing to warn of
-    assert "The held-out judge is" in page.text
+    assert "The held-out reward is" in page.text
     put(directory, CONFIG, METRICS, [{**row, "held_out_reward": None} for row in history()])
-    assert "The held-out judge is" not in Page(write_report(directory)).text
+    assert "The held-out reward is" not in Page(write_report(directory)).text
 
 
 def test_the_page_needs_nothing_else(directory):
@@ -210,7 +210,7 @@ def test_a_users_own_reward_and_colour_images(directory):
     assert "<script" not in page.source and page.source.count("&lt;script&gt;") == 10
     assert "Fine-tuning a diffusion model for the reward “<script>alert('&')</script>”" in page.text
     assert "−0.941 ± 0.015 reward units" in page.text and "experiments.digits.run(config" in page.text
-    assert len(page.images()) == 3 + 4 + 3  # no classes; the held-out judge, on another scale, has its own axes
+    assert len(page.images()) == 3 + 4 + 3  # no classes; the held-out reward, on another scale, has its own axes
     assert not (directory / "classes.png").exists()
 
 

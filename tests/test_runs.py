@@ -54,7 +54,7 @@ def start(site: Path, folder: Path) -> subprocess.Popen:
 
 
 def history(folder: Path) -> list[dict]:
-    """Rows that are whole, without their times."""
+    """Transitions that are whole, without their times."""
     file = folder / "runs" / "circle" / "history.jsonl"
     text = file.read_text() if file.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -186,10 +186,10 @@ def test_action_noise_is_scaled_per_unit_time():
         slope = 19.9 / steps  # left ends over a linear beta that falls from 20 to 0.1: the error is half its fall over a step
         np.testing.assert_allclose(total, (10.05 + slope / 2) / 4, rtol=1e-9)
     stochastic = sampler(0.5)
-    np.testing.assert_allclose(ActionNoise().price_scales(stochastic), stochastic.girsanov_scales())
-    np.testing.assert_allclose(Brownian().price_scales(stochastic), stochastic.chain_scales())
+    np.testing.assert_allclose(ActionNoise().kl_scales(stochastic), stochastic.girsanov_scales())
+    np.testing.assert_allclose(Brownian().kl_scales(stochastic), stochastic.chain_scales())
     still = sampler(0.0)
-    np.testing.assert_allclose(ActionNoise(strength=3.0).price_scales(still), ActionNoise(strength=3.0).scales(still))
+    np.testing.assert_allclose(ActionNoise(strength=3.0).kl_scales(still), ActionNoise(strength=3.0).scales(still))
 
 
 def test_action_noise_adds_its_diffusion():
@@ -226,7 +226,7 @@ def test_bad_grids_are_named():
 
 
 def test_brownian_exploration_needs_noise():
-    for use in (Brownian().scales, Brownian().price_scales, lambda still: Brownian().trajectory(still, 1.0, *batch())):
+    for use in (Brownian().scales, Brownian().kl_scales, lambda still: Brownian().trajectory(still, 1.0, *batch())):
         with pytest.raises(ValueError, match=r"eta=0: Brownian exploration is undefined .*ActionNoise"):
             use(sampler(0.0))
 

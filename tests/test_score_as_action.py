@@ -249,7 +249,7 @@ def test_standardise():
 def test_normalisation_and_clamp_are_arguments(normalise):
     _, algorithm, state = make(problem(), steps=5, batch=64, normalise=normalise, max_advantage=0.5)
     _, info = algorithm.step(jax.random.key(0), state)
-    assert 0.3 < float(info.metrics["signal_std"]) <= 0.5  # standardised, then clamped to +- 0.5
+    assert 0.3 < float(info.metrics["policy_target_std"]) <= 0.5  # standardised, then clamped to +- 0.5
 
 
 def test_value_is_the_reward_at_the_end():
@@ -282,7 +282,7 @@ def test_before_the_end_a_value_sees_what_it_is_said_to_see():
 
     guess, state = (cd.StructuredValue(network, 0.0, 1.0, one_minus, identity, denoised=v) for v in (True, False))
     assert values(guess, state) == [50 + 10, 50 + 1]
-    assert values(cd.PlainValue(network, 0.0, 1.0), cd.LookaheadValue(0.0, 1.0), cd.values.NoValue(0.0, 1.0)) == [2, 100, 0]
+    assert values(cd.PlainValue(network, 0.0, 1.0), cd.X0RewardValue(0.0, 1.0), cd.values.NoValue(0.0, 1.0)) == [2, 100, 0]
 
 
 def test_the_soft_error_is_least_at_the_soft_mean():

@@ -272,7 +272,7 @@ def test_vard():
 
 def test_refl():
     """Xu et al. 2023: the reward of the policy's own guess at late states, the states held fixed."""
-    new, _ = one_step(cd.refl(objective(0.0, lookahead=denoised), SGD, fraction=0.5))
+    new, _ = one_step(cd.refl(objective(0.0, x0_prediction=denoised), SGD, fraction=0.5))
     x, _ = recorded()
     chain = Chain()
 
@@ -354,7 +354,7 @@ def test_rwr():
 
 def test_vidd():
     """Su et al. 2025: every step of the reference weighted with the gain of `r(x0_hat)`, normalised over the batch."""
-    new, _ = one_step(cd.vidd(objective(KL_WEIGHT, lookahead=denoised), SGD))
+    new, _ = one_step(cd.vidd(objective(KL_WEIGHT, x0_prediction=denoised), SGD))
     x, _ = recorded(which=1)
     chain = Chain()
     values = [reward(chain.x0(weights(1), j, x[j])) for j in range(STEPS)] + [reward(x[-1])]

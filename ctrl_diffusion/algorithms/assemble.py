@@ -1,4 +1,4 @@
-"""The middle of an iteration: values, targets and the estimator's signal, laid out as rows, and dealt out to minibatches."""
+"""The middle of an iteration: values and targets of all transitions, and how transitions are dealt out to minibatches."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from ..chunks import in_chunks
 from ..estimators import Models
 from ..objective import Objective
-from ..rollout import Rollout, Rows, over_paths
+from ..rollout import Rollout, Transitions, over_paths
 from ..solvers import sample_keys
 from .recipe import Recipe
 
@@ -18,64 +18,64 @@ Metrics = dict[str, Float[Array, ""]]
 
 def prepare(
     recipe: Recipe, fixed: Any, key: Key[Array, ""], models: Models, kl_weight: Any, rollout: Rollout
-) -> tuple[Rows, Metrics]:
-    """Values, targets and signals, as rows, path by path, so that a device has whole paths."""
+) -> tuple[Transitions, Metrics]:
+    """Transitions with the targets of value and policy, path by path, so that a device has whole paths."""
     objective, critic, training, starts = recipe.bound(fixed, kl_weight), recipe.critic, recipe.training, recipe.starts
     values = critic.values(models.value, rollout)
     target = critic.targets(objective, rollout, values)
-    signal = _signal(recipe, objective, models, rollout, values)
+    policy_target = _signal(recipe, objective, models, rollout, values)
     n, batch = values.shape[0] - 1, values.shape[1]
-    read = recipe.estimator.fields(objective).rows
+    read = recipe.estimator.fields(objective).transitions
     columns: dict[str, Any] = {"j": jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch)), "x": rollout.x[:-1]}
     columns |= {"weight": jnp.ones((n, batch), target.dtype)}
     columns |= {name: getattr(rollout, name) for name in ("noise", "a_old", "a_ref") if name in read}
     columns |= {"x_next": rollout.x[1:]} if "x_next" in read else {}
-    columns |= {"x_hat": rollout.x_hat, "r_hat": rollout.r_hat, "target": target} if recipe.learns_value else {}
+    columns |= {"x_hat": rollout.x_hat, "r_hat": rollout.r_hat, "value_target": target} if recipe.learns_value else {}
     columns |= {"cond": jax.tree.map(lambda v: jnp.broadcast_to(v, (n,) + v.shape), rollout.cond)}
     some = columns if len(starts) == n else jax.tree.map(lambda v: v[starts], columns)
-    rows = Rows(**some, signal=signal)
-    metrics = {} if signal is None else {"signal_std": jnp.std(signal)}
+    transitions = Transitions(**some, policy_target=policy_target)
+    metrics = {} if policy_target is None else {"policy_target_std": jnp.std(policy_target)}
     if recipe.learns_value:
         residual = jnp.var(target - values[:-1]) / jnp.maximum(jnp.var(target), jnp.finfo(target.dtype).tiny)
         metrics["value_explained_variance"] = 1 - residual
     if training.times is not None:
-        rows = training.times(key, objective.sampler.ts[starts], rows)
-    rows = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), rows)
+        transitions = training.times(key, objective.sampler.ts[starts], transitions)
+    transitions = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), transitions)
     if not recipe.estimator.whole_paths:
-        rows = jax.tree.map(lambda v: v.reshape((recipe.rows,) + v.shape[2:]), rows)
-    return rows, metrics
+        transitions = jax.tree.map(lambda v: v.reshape((recipe.transitions,) + v.shape[2:]), transitions)
+    return transitions, metrics
 
 
 def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Any:
-    """The estimator's signal; where it takes networks, of as many paths at a time as are sampled at a time."""
+    """The policy target; where it takes networks, of as many paths at a time as are sampled at a time."""
     estimator, critic = recipe.estimator, recipe.critic
-    if recipe.training.rollouts == 1 or not estimator.signal_is_of_paths:
-        return estimator.signal(objective, critic, models, rollout, values)
+    if recipe.training.rollouts == 1 or not estimator.policy_target_is_of_paths:
+        return estimator.policy_target(objective, critic, models, rollout, values)
 
     def of_part(paths: Rollout, values):
         part = over_paths(lambda axis, v: jnp.moveaxis(v, 0, axis), paths)._replace(t=rollout.t)
-        signal = estimator.signal(objective, critic, models, part, values.T)
-        assert signal is not None  # of estimators that treat paths independently
-        return jnp.moveaxis(signal, 1, 0)
+        policy_target = estimator.policy_target(objective, critic, models, part, values.T)
+        assert policy_target is not None  # of estimators that treat paths independently
+        return jnp.moveaxis(policy_target, 1, 0)
 
     paths = over_paths(lambda axis, v: jnp.moveaxis(v, axis, 0), rollout)._replace(t=None)  # pyright: ignore[reportArgumentType]
     return jnp.moveaxis(in_chunks(of_part, recipe.paths_of_a_part)(paths, values.T), 0, 1)
 
 
 def shuffle(recipe: Recipe, key: Key[Array, ""]) -> Int[Array, "minibatches m"]:
-    """Which rows each minibatch has; stratified: which of each group of `minibatches` rows."""
-    training, batch, per_path = recipe.training, recipe.training.batch, recipe.rows_of_a_path
+    """Which transitions each minibatch has; stratified: which of each group of `minibatches` transitions."""
+    training, batch, per_path = recipe.training, recipe.training.batch, recipe.transitions_of_a_path
     if training.stratified:
         dealt = jax.vmap(lambda key: jax.random.permutation(key, training.minibatches), out_axes=1)
-        return dealt(sample_keys(key, recipe.rows_of_a_minibatch))
-    order = jax.random.permutation(key, recipe.rows).reshape(training.minibatches, -1)
+        return dealt(sample_keys(key, recipe.transitions_of_a_minibatch))
+    order = jax.random.permutation(key, recipe.transitions).reshape(training.minibatches, -1)
     return order if recipe.estimator.whole_paths else order % batch * per_path + order // batch
 
 
-def select(recipe: Recipe, rows: Rows, order: Int[Array, "minibatches m"], i: Any) -> Rows:
-    """The rows of minibatch `i`."""
+def select(recipe: Recipe, transitions: Transitions, order: Int[Array, "minibatches m"], i: Any) -> Transitions:
+    """The transitions of minibatch `i`."""
     if not recipe.training.stratified:
-        return jax.tree.map(lambda v: v[order[i]], rows)
-    groups = (recipe.rows_of_a_minibatch, recipe.training.minibatches)
-    grouped = jax.tree.map(lambda v: v.reshape(groups + v.shape[1:]), rows)
+        return jax.tree.map(lambda v: v[order[i]], transitions)
+    groups = (recipe.transitions_of_a_minibatch, recipe.training.minibatches)
+    grouped = jax.tree.map(lambda v: v.reshape(groups + v.shape[1:]), transitions)
     return jax.vmap(lambda group, j: jax.tree.map(lambda v: v[j], group))(grouped, order[i])

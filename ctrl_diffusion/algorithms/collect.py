@@ -27,13 +27,13 @@ class Keys(NamedTuple):
 class Annotated(NamedTuple):
     """What is known of paths that wait for their rewards; the fields of `paths` that a `Trajectory` has are still `None`.
 
-    `guesses` are the estimates of the final state that are rewarded, path by path, with the conditions of the paths that they lie on;
-    `None` where the value uses no such reward.
+    `x0_predictions` are those that are rewarded, path by path, with the conditions of their paths; `None` where the value uses no
+    such reward.
     """
 
     paths: Rollout
     ends: Float[Array, "b *x"]
-    guesses: tuple[Float[Array, "bn *x"], Cond] | None
+    x0_predictions: tuple[Float[Array, "bn *x"], Cond] | None
 
 
 def split(recipe: Recipe, key: Key[Array, ""]) -> Keys:
@@ -60,35 +60,35 @@ def annotate(recipe: Recipe, fixed: Any, params: Params, reference: Params, path
     """Old and reference actions of one part, what they cost, and estimates of the final state; what nothing reads is not kept."""
     sampler, objective, value = recipe.bound(fixed, 0.0).sampler, recipe.objective, recipe.critic.value
     a_old, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
-    x_hat = guesses = None
+    x_hat = x0_predictions = None
     if value.uses_reward:
         guide, action = (params, a_old) if recipe.denoise_with_policy else (reference, a_ref)
-        rows = (path.t[:-1], path.x[:-1], action)
-        x_hat = jax.lax.map(lambda row: objective.lookahead(sampler, guide, *row, cond), rows)
+        transitions = (path.t[:-1], path.x[:-1], action)
+        x_hat = jax.lax.map(lambda row: objective.x0_prediction(sampler, guide, *row, cond), transitions)
         n, size = x_hat.shape[:2]
         by_path = jnp.swapaxes(x_hat, 0, 1).reshape((size * n,) + x_hat.shape[2:])
-        guesses = by_path, jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
-    price, log_ratio = objective.step_prices(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, path.noise)
+        x0_predictions = by_path, jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
+    penalty, log_ratio = objective.step_penalties(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, path.noise)
     kept = {name: v for name, v in {"a_old": a_old, "a_ref": a_ref}.items() if name in recipe.declared}
     x_hat = x_hat if value.uses_x_hat else None
-    paths = Rollout(None, None, None, price, log_ratio, x_hat=x_hat, cond=cond, **kept)  # pyright: ignore[reportArgumentType]
-    return Annotated(paths, path.x[-1], guesses)
+    paths = Rollout(None, None, None, penalty, log_ratio, x_hat=x_hat, cond=cond, **kept)  # pyright: ignore[reportArgumentType]
+    return Annotated(paths, path.x[-1], x0_predictions)
 
 
 def reward(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
     """A part with its rewards, and the terms that they are sums of. Not a program: a reward may run on the host."""
-    judge: Reward = recipe.bound(fixed, 0.0).reward
-    paths, ends, guesses = _recorded(recipe, path, annotated)
-    r, terms = evaluate_parts(judge, ends, paths.cond)
-    r_hat = None if guesses is None else evaluate(judge, *guesses).reshape(-1, recipe.objective.intervals).T
+    reward_fn: Reward = recipe.bound(fixed, 0.0).reward
+    paths, ends, x0_predictions = _recorded(recipe, path, annotated)
+    r, terms = evaluate_parts(reward_fn, ends, paths.cond)
+    r_hat = None if x0_predictions is None else evaluate(reward_fn, *x0_predictions).reshape(-1, recipe.objective.intervals).T
     return paths._replace(reward=r, r_hat=r_hat), terms
 
 
 def reward_shapes(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
     """Shapes of what `reward` returns, for shapes."""
-    paths, ends, guesses = _recorded(recipe, path, annotated)
+    paths, ends, x0_predictions = _recorded(recipe, path, annotated)
     r = jax.ShapeDtypeStruct(ends.shape[:1], ends.dtype)
-    r_hat = None if guesses is None else jax.ShapeDtypeStruct(paths.price.shape, ends.dtype)
+    r_hat = None if x0_predictions is None else jax.ShapeDtypeStruct(paths.penalty.shape, ends.dtype)
     return paths._replace(reward=r, r_hat=r_hat), {part.name: r for _, part in recipe.objective.reward.parts}  # pyright: ignore[reportArgumentType]
 
 

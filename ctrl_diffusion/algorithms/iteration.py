@@ -25,12 +25,12 @@ def iterate(call: Call, recipe: Recipe, fixed: Any, key: Any, state: State) -> t
     rewards = fresh.reward
     del fresh, terms  # arrays that nothing needs any more are freed before the updates
     models = Models(state.reference, state.value_params)
-    rows, metrics = call("prepare", fixed, keys.times, models, state.kl_weight, rollout)
+    transitions, metrics = call("prepare", fixed, keys.times, models, state.kl_weight, rollout)
     del rollout, models
-    learned, history = train(call, recipe, fixed, keys, state, rows)
+    learned, history = train(call, recipe, fixed, keys, state, transitions)
     metrics = metrics | history[-1] | shown
     if recipe.trust_region.once:
-        learned, found = call("finish", learned, fixed, state.reference, state.kl_weight, rows)
+        learned, found = call("finish", learned, fixed, state.reference, state.kl_weight, transitions)
         metrics |= found
     if "max_log_ratio" in history[0]:
         metrics["first_log_ratio"] = history[0]["max_log_ratio"]
@@ -55,30 +55,32 @@ def collect(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) ->
     return *call("join", *map(list, zip(*rewarded))), cond
 
 
-def train(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State, rows: Any) -> tuple[Learned, list[Any]]:
-    """All passes over the rows; metrics of every update (of a pass in one program: of its first and last)."""
+def train(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State, transitions: Any) -> tuple[Learned, list[Any]]:
+    """All passes over the transitions; metrics of every update (of a pass in one program: of its first and last)."""
     learned, history = state.learned, []
     for key in keys.shuffles:
         order = call("shuffle", key)
-        learned, metrics = one_pass(call, recipe, fixed, learned, state, rows, order)
+        learned, metrics = one_pass(call, recipe, fixed, learned, state, transitions, order)
         history += metrics
     return learned, history
 
 
 def one_pass(
-    call: Call, recipe: Recipe, fixed: Any, learned: Learned, state: State, rows: Any, order: Any
+    call: Call, recipe: Recipe, fixed: Any, learned: Learned, state: State, transitions: Any, order: Any
 ) -> tuple[Learned, list[Any]]:
     """The updates of one pass, of `learned`, which they consume; `state` has the reference and the temperature."""
     if recipe.training.scan_minibatches:
-        return call("sweep", learned, fixed, state.reference, state.kl_weight, rows, order)
+        return call("sweep", learned, fixed, state.reference, state.kl_weight, transitions, order)
     history = []
     for i in range(recipe.training.minibatches):
-        learned, metrics = one_update(call, fixed, learned, state, rows, order, i)
+        learned, metrics = one_update(call, fixed, learned, state, transitions, order, i)
         history.append(metrics)
     return learned, history
 
 
-def one_update(call: Call, fixed: Any, learned: Learned, state: State, rows: Any, order: Any, i: int) -> tuple[Learned, Any]:
+def one_update(
+    call: Call, fixed: Any, learned: Learned, state: State, transitions: Any, order: Any, i: int
+) -> tuple[Learned, Any]:
     """The update on minibatch `i`."""
-    some = call("select", rows, order, i)
+    some = call("select", transitions, order, i)
     return call("update", learned, fixed, state.reference, state.kl_weight, some)

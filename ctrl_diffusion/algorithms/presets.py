@@ -1,7 +1,7 @@
 r"""Algorithms of the literature as settings of one objective: each preset is a choice of critic, estimator, states and weights.
 
 Everything is a call of `compose`; read a preset as the definition of the algorithm, and write your own the same way. All of them
-sum log-densities and KL over state dimensions, and price the path KL in nats (`conversions` translates published constants).
+sum log-densities and KL over state dimensions, and penalise the path KL in nats (`conversions` translates published constants).
 """
 
 from ..advantages import Clip, centre, standardise_per_time
@@ -25,7 +25,7 @@ from ..estimators.likelihood_ratio import Normalise
 from ..estimators.pathwise import Credit
 from ..objective import Objective
 from ..replay import Reference, ReplayBuffer
-from ..values import AbstractValue, LookaheadValue, NoValue
+from ..values import AbstractValue, NoValue, X0RewardValue
 from .compose import compose
 from .training import Algorithm, Training
 
@@ -57,7 +57,7 @@ def score_as_action(
         horizon: decay time of the advantages, control time (`objective.advantages`); 0, as published: single increments.
         target: of the value. `returns`, as published, has another fixed point than the maximiser of J when `kl_weight > 0`; the
             advantages pay the KL of their interval exactly if the target does.
-        normalise: `standardise_per_time` as published, or `centre`, or None. Dividing changes the price relative to the reward.
+        normalise: `standardise_per_time` as published, or `centre`, or None. Dividing changes the penalty relative to the reward.
         max_advantage: clamp of the advantages' magnitude, after normalisation (published: 5).
         denoise_with_policy: see `compose`.
 
@@ -94,7 +94,7 @@ def ddpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algor
 
 
 def dpok(objective: Objective, training: Training, *, clip: Clip = INFINITE) -> Algorithm:
-    r"""DPOK: likelihood ratio of the return, with the path KL priced: `A_j = r - lambda sum_{l >= j} kl_l`, less its batch mean.
+    r"""DPOK: likelihood ratio of the return, with the path KL penalised: `A_j = r - lambda sum_{l >= j} kl_l`, less its batch mean.
 
     Fan et al. 2023, algorithm 1. Their gradient leaves out the KL of later steps, `kl_l` for `l > j`; it is part of the return
     here, as the maximiser of J needs. The baseline is the mean over the batch instead of a learned one.
@@ -162,9 +162,9 @@ def soft_vard(objective: Objective, value: AbstractValue, training: Training) ->
 def sqdf(
     objective: Objective, training: Training, *, discount: Credit = SQDF_DISCOUNT, capacity: int | None = None
 ) -> Algorithm:
-    r"""SQDF: the gradient of the reward of a one-step guess of the final state, discounted, from replayed states.
+    r"""SQDF: the gradient of the reward of the x0 prediction after one step, discounted, from replayed states.
 
-    `E[-w r(x_hat(t', x'(theta))) + lambda kl]` with the discount `w = 0.9^(steps to go)`. `x_hat` is `Objective(lookahead=...)`: the
+    `E[-w r(x_hat(t', x'(theta))) + lambda kl]` with the discount `w = 0.9^(steps to go)`. `x_hat` is `Objective(x0_prediction=...)`: the
     posterior mean, or `few_step_ode(1)` in the place of the paper's consistency model. The discount makes the temperature depend on
     time, so its fixed point is not `p_ref exp(r/lambda)`. The paper discounts each of its 50 steps. With another number of steps,
     `estimators.discount_per_time((t1 - t0) / (50 ln(1/0.9)))` discounts as much in the same time. `capacity` paths are kept
@@ -178,13 +178,13 @@ def sqdf(
         ```
     """
     buffer = ReplayBuffer(8 * training.batch if capacity is None else capacity)
-    return compose(objective, Pathwise(1, credit=discount), lookahead_critic(objective), training, behaviour=buffer)
+    return compose(objective, Pathwise(1, credit=discount), x0_reward_critic(objective), training, behaviour=buffer)
 
 
 def draft(objective: Objective, training: Training, *, steps: int | None = None, small_memory: bool = False) -> Algorithm:
     r"""DRaFT-K: `-E r(X_T)` differentiated through the last `steps` steps of the sampler; `None`: through all of them (DRaFT).
 
-    Clark et al. 2024, algorithm 1. Published without a price (`kl_weight = 0`); with one, the KL of these steps is charged.
+    Clark et al. 2024, algorithm 1. Published without a penalty (`kl_weight = 0`); with one, the KL of these steps is charged.
 
     ??? cite "Reference"
         ```bibtex
@@ -194,7 +194,7 @@ def draft(objective: Objective, training: Training, *, steps: int | None = None,
     """
     k = objective.intervals if steps is None else steps
     estimator = Pathwise(k, last(k), small_memory=small_memory)
-    return compose(objective, estimator, lookahead_critic(objective), training)
+    return compose(objective, estimator, x0_reward_critic(objective), training)
 
 
 def alignprop(objective: Objective, training: Training) -> Algorithm:
@@ -224,7 +224,7 @@ def refl(objective: Objective, training: Training, *, fraction: float = 0.25) ->
           booktitle={NeurIPS}, year={2023}}
         ```
     """
-    return compose(objective, Pathwise(0, late(fraction)), lookahead_critic(objective), training)
+    return compose(objective, Pathwise(0, late(fraction)), x0_reward_critic(objective), training)
 
 
 def adjoint_matching(objective: Objective, training: Training, *, horizon: float = INFINITE) -> Algorithm:
@@ -274,7 +274,7 @@ def vidd(objective: Objective, training: Training) -> Algorithm:
         ```
     """
     estimator = WeightedLikelihood(exponential_increment)
-    return compose(objective, estimator, lookahead_critic(objective), training, behaviour=Reference())
+    return compose(objective, estimator, x0_reward_critic(objective), training, behaviour=Reference())
 
 
 def log_variance(objective: Objective, training: Training) -> Algorithm:
@@ -328,6 +328,6 @@ def no_critic(objective: Objective) -> Critic:
     return Critic(NoValue(objective.sampler.process.t0, objective.sampler.process.t1))
 
 
-def lookahead_critic(objective: Objective) -> Critic:
-    """The reward of `objective.lookahead`, not learned."""
-    return Critic(LookaheadValue(objective.sampler.process.t0, objective.sampler.process.t1))
+def x0_reward_critic(objective: Objective) -> Critic:
+    """The reward of `objective.x0_prediction`, not learned."""
+    return Critic(X0RewardValue(objective.sampler.process.t0, objective.sampler.process.t1))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls
-from ..estimators.base import require_price
+from ..estimators.base import require_kl_weight
 from ..objective import Objective
 from ..parallel import Layout
 from ..process import Cond
@@ -49,14 +49,14 @@ class Recipe(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """The control intervals that rows are made of."""
+        """The control intervals that transitions are made of."""
         return self.estimator.starts(self.objective)
 
     @property
     def declared(self) -> frozenset[str]:
         """The state-sized fields of a rollout that something reads."""
-        paths, rows = self.estimator.fields(self.objective)
-        return paths | rows
+        paths, transitions = self.estimator.fields(self.objective)
+        return paths | transitions
 
     @property
     def learns_value(self) -> bool:
@@ -64,19 +64,19 @@ class Recipe(NamedTuple):
         return self.critic.learns and self.training.value is not None
 
     @property
-    def rows_of_a_path(self) -> int:
-        """Rows that a path makes (times), where whole paths are not rows themselves."""
+    def transitions_of_a_path(self) -> int:
+        """Transitions that a path makes (times), where whole paths are not transitions themselves."""
         return len(self.starts) if self.training.times is None else self.training.times.number
 
     @property
-    def rows(self) -> int:
-        """Rows of an iteration."""
-        return self.training.batch * (1 if self.estimator.whole_paths else self.rows_of_a_path)
+    def transitions(self) -> int:
+        """Transitions of an iteration."""
+        return self.training.batch * (1 if self.estimator.whole_paths else self.transitions_of_a_path)
 
     @property
-    def rows_of_a_minibatch(self) -> int:
-        """Rows of an update."""
-        return self.rows // self.training.minibatches
+    def transitions_of_a_minibatch(self) -> int:
+        """Transitions of an update."""
+        return self.transitions // self.training.minibatches
 
     @property
     def paths_of_a_part(self) -> int:
@@ -105,19 +105,19 @@ class Recipe(NamedTuple):
         return eqx.tree_at(lambda o: (o.sampler.control, o.reward, o.kl_weight), self.objective, where)
 
     def calls(self) -> Calls:
-        """What an iteration evaluates, in samples: paths with old and reference actions, the signal, and the losses."""
+        """What an iteration evaluates, in samples: paths with old and reference actions, the policy target, and the losses."""
         states, estimator, uses_reward = (
             self.objective.intervals * self.training.batch,
             self.estimator,
             self.critic.value.uses_reward,
         )
-        signal, loss = estimator.signal_calls(self.critic), estimator.loss_calls(self.objective, self.critic)
-        evaluated = self.trust_region.loss_evaluations(self.rows, self.training.epochs)
+        policy_target, loss = estimator.policy_target_calls(self.critic), estimator.loss_calls(self.objective, self.critic)
+        evaluated = self.trust_region.loss_evaluations(self.transitions, self.training.epochs)
         sampled = self.objective.exploration.substeps_per_interval + 2
         return Calls(
-            sampled * states + signal.network * states + loss.network * evaluated,
-            signal.gradient * states + loss.gradient * evaluated,
-            self.training.batch + (uses_reward + signal.reward) * states + loss.reward * evaluated,
+            sampled * states + policy_target.network * states + loss.network * evaluated,
+            policy_target.gradient * states + loss.gradient * evaluated,
+            self.training.batch + (uses_reward + policy_target.reward) * states + loss.reward * evaluated,
         )
 
     def check(self) -> None:
@@ -129,10 +129,10 @@ class Recipe(NamedTuple):
                 raise ValueError(f"{name}={number} must be at least 1.")
         estimator.check(self.objective, self.critic)
         if self.critic.loss is soft_error and self.learns_value:
-            require_price(self.objective, "the soft error of a value")
+            require_kl_weight(self.objective, "the soft error of a value")
         if training.kl_target is not None:
             training.kl_target.check()
-            require_price(self.objective, f"kl_target={training.kl_target}, a temperature that follows a target,")
+            require_kl_weight(self.objective, f"kl_target={training.kl_target}, a temperature that follows a target,")
         if training.times is not None and estimator.whole_paths:
             raise ValueError(f"times={training.times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
         self._check_divisions()
@@ -140,22 +140,24 @@ class Recipe(NamedTuple):
     def _check_divisions(self) -> None:
         """Minibatches, rollouts, microbatches and devices must divide what they divide."""
         training, layout, batch, parts = self.training, self.layout, self.training.batch, self.training.accumulation
-        if training.minibatches < 1 or self.rows % training.minibatches:
+        if training.minibatches < 1 or self.transitions % training.minibatches:
             drawn = "intervals" if training.times is None else "times.number"
-            of_times = f"batch * {drawn} = {batch} * {self.rows_of_a_path} = {self.rows}"
+            of_times = f"batch * {drawn} = {batch} * {self.transitions_of_a_path} = {self.transitions}"
             what = f"batch = {batch}" if self.estimator.whole_paths else of_times
             raise ValueError(f"minibatches={training.minibatches} must divide {what}.")
         if batch % training.rollouts:
             raise ValueError(f"rollouts={training.rollouts} must divide batch={batch}.")
         name = "batch" if training.rollouts == 1 else f"batch / {training.rollouts} rollouts"
         layout.check_batch(name, self.paths_of_a_part)
-        rows = self.rows_of_a_minibatch
-        layout.check_batch(f"rows of a minibatch over accumulation, {rows} / {parts}", rows // max(parts, 1))
-        if parts < 1 or rows % parts:
-            raise ValueError(f"accumulation={parts} must divide the rows of a minibatch, {rows}.")
+        transitions = self.transitions_of_a_minibatch
+        layout.check_batch(
+            f"transitions of a minibatch over accumulation, {transitions} / {parts}", transitions // max(parts, 1)
+        )
+        if parts < 1 or transitions % parts:
+            raise ValueError(f"accumulation={parts} must divide the transitions of a minibatch, {transitions}.")
         if parts > 1 and self.trust_region.once and not self.estimator.is_mean:
             raise ValueError(
-                f"accumulation={parts}: a natural gradient needs a loss that is a mean over rows, and that of "
+                f"accumulation={parts}: a natural gradient needs a loss that is a mean over transitions, and that of "
                 f"{type(self.estimator).__name__} is a statistic of a whole minibatch; use accumulation=1."
             )
 

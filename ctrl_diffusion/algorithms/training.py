@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from ..estimators import Calls
 from ..parallel import ONE_DEVICE, Layout
 from ..process import Cond, Params
-from ..rollout import Rows
+from ..rollout import Transitions
 from ..summaries import summary
 from ..trust import AbstractTrustRegion
 
@@ -73,22 +73,22 @@ class TimeSampling(NamedTuple):
     """A few times of every path, drawn anew for each path and iteration: less work per path, the same expected gradient.
 
     Attributes:
-        number: rows per path, drawn with replacement.
-        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a row counts one over
+        number: transitions per path, drawn with replacement.
+        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a transition counts one over
             its frequency, so that the density changes the variance of the policy's gradient and not its mean. A critic's regression
-            is on the rows as they are drawn.
+            is on the transitions as they are drawn.
     """
 
     number: int
     density: Callable[[Float[Array, " n"]], Float[Array, " n"]] = jnp.ones_like
 
-    def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Rows) -> Rows:
+    def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Transitions) -> Transitions:
         """`[number, b]` of the columns `[s, b, ...]` at times `t`, with their weights."""
         density = self.density(t) / jnp.sum(self.density(t))
         batch = columns.j.shape[1]
         chosen = jax.random.choice(key, len(t), (self.number, batch), p=density)
-        rows = jax.tree.map(lambda v: v[chosen, jnp.arange(batch)], columns)
-        return rows._replace(weight=rows.weight / (len(t) * density[chosen]))
+        transitions = jax.tree.map(lambda v: v[chosen, jnp.arange(batch)], columns)
+        return transitions._replace(weight=transitions.weight / (len(t) * density[chosen]))
 
 
 class AdaptiveKL(NamedTuple):
@@ -135,19 +135,19 @@ class Training(NamedTuple):
     Attributes:
         policy: how the policy moves: an optax optimiser, or a trust region such as `NaturalGradient(radius)`.
         batch: paths per iteration.
-        epochs: passes over the rows of an iteration.
-        minibatches: updates per pass; must divide the number of rows: `batch * intervals` (or times), `batch` for whole paths.
-        value: optax optimiser of a learned value, on the same rows; `None`: the value is not changed.
+        epochs: passes over the transitions of an iteration.
+        minibatches: updates per pass; must divide the number of transitions: `batch * intervals` (or times), `batch` for whole paths.
+        value: optax optimiser of a learned value, on the same transitions; `None`: the value is not changed.
         rollouts: parts that an iteration's paths are sampled in: while a black-box reward judges one on the host, the devices are busy
             with the next. The same paths. What networks tell of whole paths (the lean adjoint) is computed for a part at a time too.
-        times: which times of a path make rows (default: every one that the estimator uses).
+        times: which times of a path make transitions (default: every one that the estimator uses).
         layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
-        accumulation: parts that an update's rows are worked through in, one after the other: less memory, the same gradient. The rows
-            of a natural gradient are all those of an iteration.
+        accumulation: parts that an update's transitions are worked through in, one after the other: less memory, the same gradient.
+            A natural gradient's are all those of an iteration.
         average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
-        stratified: every `minibatches` consecutive rows (times of a path, then paths) are dealt out, one to each minibatch, instead of
-            all rows being shuffled. Rows then stay on their devices, whose exchange otherwise grows with the batch; the expected
-            gradient is the same.
+        stratified: every `minibatches` consecutive transitions (times of a path, then paths) are dealt out, one to each minibatch,
+            instead of all being shuffled. They then stay on their devices, whose exchange otherwise grows with the batch; the
+            expected gradient is the same.
         scan_minibatches: a pass is one program, a loop over its minibatches, not two per minibatch; the same numbers up to
             rounding. Temporary memory is then asked for once a pass: a small U-Net's update takes 0.79 of the time on CPUs. But a
             network whose convolutions are not `ctrl_diffusion.convolution` becomes ten times slower there.

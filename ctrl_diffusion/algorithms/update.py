@@ -1,4 +1,4 @@
-"""The last part of an iteration: updates of policy and value on minibatches, and on all rows where a trust region makes one."""
+"""The last part of an iteration: updates of policy and value on minibatches, and on all transitions where a trust region makes one."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from ..estimators.base import per_path
 from ..gradients import Loss, each_in_parts, mean_over_rows, reduced_once
 from ..parallel import PARAMETERS
 from ..process import Params
-from ..rollout import Rollout, Rows
+from ..rollout import Rollout, Transitions
 from .assemble import select
 from .recipe import Recipe
 from .training import Learned
@@ -23,24 +23,30 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def update(
-    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, rows: Rows
+    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, transitions: Transitions
 ) -> tuple[Learned, Metrics]:
-    """One update of policy and value on the rows of a minibatch, in `accumulation` microbatches each."""
+    """One update of policy and value on the transitions of a minibatch, in `accumulation` microbatches each."""
     loss = policy_loss(recipe, (fixed, Models(reference, learned.value_params), kl_weight))
-    params, optimizer, metrics = recipe.trust_region.minibatch(loss, learned.params, learned.optimizer, rows)
-    value_params, value_optimizer, value_metrics = value_step(recipe, learned, fixed, reference, kl_weight, rows)
+    params, optimizer, metrics = recipe.trust_region.minibatch(loss, learned.params, learned.optimizer, transitions)
+    value_params, value_optimizer, value_metrics = value_step(recipe, learned, fixed, reference, kl_weight, transitions)
     average = learned.average if recipe.trust_region.once else averaged(recipe, params, learned.average)
     found = Learned(params, value_params, optimizer, value_optimizer, average)
     return recipe.layout.constrain(found, partial(recipe.layout.shardings, PARAMETERS)), metrics | value_metrics
 
 
 def sweep(
-    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, rows: Rows, order: Int[Array, "k m"]
+    recipe: Recipe,
+    learned: Learned,
+    fixed: Any,
+    reference: Params,
+    kl_weight: Any,
+    transitions: Transitions,
+    order: Int[Array, "k m"],
 ) -> tuple[Learned, list[Metrics]]:
     """The updates on all minibatches of a pass, one after the other; metrics of the first and of the last."""
 
     def one(learned: Learned, i) -> tuple[Learned, Metrics]:
-        some = recipe.divided(select(recipe, rows, order, i), 0)
+        some = recipe.divided(select(recipe, transitions, order, i), 0)
         return update(recipe, learned, fixed, reference, kl_weight, some)
 
     learned, metrics = jax.lax.scan(one, learned, jnp.arange(recipe.training.minibatches))
@@ -48,13 +54,13 @@ def sweep(
 
 
 def finish(
-    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, rows: Rows
+    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, transitions: Transitions
 ) -> tuple[Learned, Metrics]:
-    """The update on all rows, of a trust region that makes one."""
+    """The update on all transitions, of a trust region that makes one."""
     given, objective = (fixed, Models(reference, learned.value_params), kl_weight), recipe.bound(fixed, kl_weight)
     loss = partial(_loss, recipe, given=given)
     parts = recipe.training.accumulation
-    params, metrics = recipe.trust_region.finish(objective, loss, learned.params, rows, recipe.layout, parts)
+    params, metrics = recipe.trust_region.finish(objective, loss, learned.params, transitions, recipe.layout, parts)
     return learned._replace(params=params, average=averaged(recipe, params, learned.average)), metrics
 
 
@@ -62,10 +68,10 @@ def summarise(
     recipe: Recipe, kl_weight: Any, fresh: Rollout, terms: dict[str, Any]
 ) -> tuple[Any, Float[Array, "b *x"], Metrics]:
     """The temperature of the next iteration, the final states, and what the fresh paths earned and paid; means over paths."""
-    price = jnp.sum(fresh.price, axis=0)
+    penalty = jnp.sum(fresh.penalty, axis=0)
     gained = fresh.reward - jnp.sum(recipe.objective.costs(fresh), axis=0)
-    paid = kl_weight * price if recipe.objective.priced else 0.0
-    metrics = {"reward": jnp.mean(fresh.reward), "path_kl": jnp.mean(price), "objective": jnp.mean(gained - paid)}
+    paid = kl_weight * penalty if recipe.objective.penalised else 0.0
+    metrics = {"reward": jnp.mean(fresh.reward), "path_kl": jnp.mean(penalty), "objective": jnp.mean(gained - paid)}
     metrics |= {f"reward/{name}": jnp.mean(v) for name, v in terms.items()}
     if recipe.training.kl_target is not None:
         metrics["kl_weight"] = kl_weight
@@ -74,29 +80,29 @@ def summarise(
 
 
 def policy_loss(recipe: Recipe, given: Any) -> Loss:
-    """The estimator's loss `(params, rows) -> (loss, metrics)` with its gradient in microbatches, reduced once over the devices."""
+    """The estimator's loss `(params, transitions) -> (loss, metrics)` with its gradient in microbatches, reduced once over the devices."""
     layout, parts = recipe.layout, recipe.training.accumulation
     if recipe.estimator.is_mean:
         return reduced_once(partial(_loss, recipe), given, layout, parts)
     if parts == 1:
         return partial(_loss, recipe, given=given)
 
-    def loss(params: Params, rows: Rows) -> tuple[Float[Array, ""], Metrics]:
+    def loss(params: Params, transitions: Transitions) -> tuple[Float[Array, ""], Metrics]:
         """First all residuals, then the gradient of the statistic as that of a mean of residuals, weighted by its derivatives."""
-        residual = each_in_parts(partial(_residual, recipe, params, given), rows, layout, parts)
+        residual = each_in_parts(partial(_residual, recipe, params, given), transitions, layout, parts)
         statistic = partial(recipe.estimator.statistic, recipe.bound(given[0], given[2]))
-        (value, metrics), slope = jax.value_and_grad(statistic, has_aux=True)(residual, rows)
+        (value, metrics), slope = jax.value_and_grad(statistic, has_aux=True)(residual, transitions)
         weighted = reduced_once(partial(_weighted_residual, recipe), given, layout, parts)
-        mean, _ = weighted(params, (rows, slope * len(slope)))
+        mean, _ = weighted(params, (transitions, slope * len(slope)))
         return value + mean - jax.lax.stop_gradient(mean), metrics
 
     return loss
 
 
 def value_step(
-    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, rows: Rows
+    recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, transitions: Transitions
 ) -> tuple[Params, Any, Metrics]:
-    """One update of the value on the same rows."""
+    """One update of the value on the same transitions."""
     value_params, state = learned.value_params, learned.value_optimizer
     if not recipe.learns_value:
         return value_params, state, {}
@@ -104,10 +110,10 @@ def value_step(
     assert optimizer is not None
     given = (fixed, learned.params, reference, kl_weight, None)
     if recipe.critic.loss is soft_error and (parts > 1 or layout.mesh is not None):
-        largest = mean_over_rows(partial(_largest_exponent, recipe), layout, parts)(value_params, rows, given)
+        largest = mean_over_rows(partial(_largest_exponent, recipe), layout, parts)(value_params, transitions, given)
         given = (*given[:-1], largest["max_exponent"])
     loss = reduced_once(partial(_value_loss, recipe), given, layout, parts)
-    (error, _), gradient = jax.value_and_grad(loss, has_aux=True)(value_params, rows)
+    (error, _), gradient = jax.value_and_grad(loss, has_aux=True)(value_params, transitions)
     change, state = optimizer.update(gradient, state, value_params)
     return optax.apply_updates(value_params, change), state, {"value_loss": error}
 
@@ -118,28 +124,28 @@ def averaged(recipe: Recipe, params: Params, average: Params) -> Params:
     return average if decay is None else optax.incremental_update(params, average, 1 - decay)
 
 
-def _loss(recipe: Recipe, params: Params, rows: Rows, given: Any) -> tuple[Float[Array, ""], Metrics]:
+def _loss(recipe: Recipe, params: Params, transitions: Transitions, given: Any) -> tuple[Float[Array, ""], Metrics]:
     fixed, models, kl_weight = given
-    return recipe.estimator.loss(recipe.bound(fixed, kl_weight), recipe.critic, params, models, rows)
+    return recipe.estimator.loss(recipe.bound(fixed, kl_weight), recipe.critic, params, models, transitions)
 
 
-def _residual(recipe: Recipe, params: Params, given: Any, rows: Rows) -> Float[Array, " m"]:
+def _residual(recipe: Recipe, params: Params, given: Any, transitions: Transitions) -> Float[Array, " m"]:
     fixed, models, kl_weight = given
-    return recipe.estimator.residual(recipe.bound(fixed, kl_weight), recipe.critic, params, models, rows)
+    return recipe.estimator.residual(recipe.bound(fixed, kl_weight), recipe.critic, params, models, transitions)
 
 
 def _weighted_residual(recipe: Recipe, params: Params, weighted: Any, given: Any) -> tuple[Float[Array, ""], Metrics]:
-    rows, weight = weighted
-    return jnp.mean(weight * _residual(recipe, params, given, rows)), {}
+    transitions, weight = weighted
+    return jnp.mean(weight * _residual(recipe, params, given, transitions)), {}
 
 
-def _value_loss(recipe: Recipe, value_params: Params, rows: Rows, given: Any) -> tuple[Float[Array, ""], Metrics]:
+def _value_loss(recipe: Recipe, value_params: Params, transitions: Transitions, given: Any) -> tuple[Float[Array, ""], Metrics]:
     fixed, params, reference, kl_weight, largest = given
     objective = recipe.bound(fixed, kl_weight)
-    return recipe.estimator.value_error(objective, recipe.critic, value_params, params, reference, rows, largest), {}
+    return recipe.estimator.value_error(objective, recipe.critic, value_params, params, reference, transitions, largest), {}
 
 
-def _largest_exponent(recipe: Recipe, value_params: Params, rows: Rows, given: Any) -> Metrics:
+def _largest_exponent(recipe: Recipe, value_params: Params, transitions: Transitions, given: Any) -> Metrics:
     fixed, _, _, kl_weight, _ = given
-    flat = per_path(rows)[0] if recipe.estimator.whole_paths else rows
+    flat = per_path(transitions)[0] if recipe.estimator.whole_paths else transitions
     return {"max_exponent": recipe.critic.largest_exponent(value_params, recipe.bound(fixed, kl_weight), flat)}

@@ -19,9 +19,9 @@ from ..exploration import shift
 from ..groups import same_condition, softmax_within
 from ..objective import Objective
 from ..process import Params
-from ..rollout import Fields, Rollout, Rows
+from ..rollout import Fields, Rollout, Transitions
 from ..sampler import log_ratio
-from .base import AbstractEstimator, Metrics, Models, require_price
+from .base import AbstractEstimator, Metrics, Models, require_kl_weight
 
 Normalise = Callable[..., Float[Array, "n b"]]
 Weights = Callable[[Objective, Rollout, Float[Array, "K b"]], Float[Array, "n b"]]
@@ -34,11 +34,11 @@ class LikelihoodRatio(AbstractEstimator):
         horizon: decay time of the advantages, control time (`advantages.advantages`): 0 single increments, `inf` returns.
         clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017), or to `[1 - below, 1 + above]` with a pair; `inf` is no clipping.
         normalise: a function of the advantages `[n, b]` (`advantages.centre`, `standardise_per_time`, ...), or `None`. Dividing
-            them changes the price relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
+            them changes the penalty relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
         max_advantage: clamp of their magnitude after normalisation.
         kl_to_go: whether increments pay the KL of their interval, as J does.
         proximal: weight of the KL of each step to the *old* policy, reward units per nat.
-        max_step_kl: rows whose KL to the old policy exceeds this many nats give no gradient: an exact mask instead of a clip.
+        max_step_kl: transitions whose KL to the old policy exceeds this many nats give no gradient: an exact mask instead of a clip.
     """
 
     horizon: float = eqx.field(static=True, default=0.0)
@@ -55,7 +55,7 @@ class LikelihoodRatio(AbstractEstimator):
             "clip": "use inf for no clipping",
             "horizon": "it is a time: use 0 for single increments, inf for Monte Carlo returns",
             "max_advantage": "use inf for no clamp",
-            "proximal": "it is a price: use 0 for none",
+            "proximal": "it is a penalty: use 0 for none",
             "max_step_kl": "use inf for no mask",
         }
         for name, remedy in remedies.items():
@@ -63,37 +63,39 @@ class LikelihoodRatio(AbstractEstimator):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: {remedy}.")
 
     def fields(self, objective: Objective) -> Fields:
-        return Fields(rows=frozenset({"noise", "a_old"} | ({"a_ref"} if objective.priced else set())))
+        return Fields(transitions=frozenset({"noise", "a_old"} | ({"a_ref"} if objective.penalised else set())))
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Advantages, after normalisation and clamp."""
         paid = objective.costs(rollout)
         if self.kl_to_go:
-            paid = paid + objective.kl_weight * rollout.price
+            paid = paid + objective.kl_weight * rollout.penalty
         found = advantages(value_increments(values, paid), jnp.diff(rollout.t), self.horizon)
         if self.normalise is not None:
             same = same_condition(rollout.cond, found.dtype)
             found = self.normalise(found) if same is None else self.normalise(found, same)
         return jnp.clip(found, -self.max_advantage, self.max_advantage)
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x, rows.cond)
-        z = shift(objective.scales[rows.j], a, rows.a_old)
-        log_rho = log_ratio(z, rows.noise)
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        a = objective.control(params, transitions.j, transitions.x, transitions.cond)
+        z = shift(objective.scales[transitions.j], a, transitions.a_old)
+        log_rho = log_ratio(z, transitions.noise)
         step_kl = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
         inside = jax.lax.stop_gradient(step_kl) <= self.max_step_kl
-        gain = jnp.where(inside, clipped_surrogate(log_rho, rows.signal, self.clip), 0.0) - self.proximal * step_kl
-        price = jnp.zeros(())
-        if objective.priced:
-            price = objective.kl_weight * objective.price(objective.price_scales[rows.j], a, rows.a_ref)
+        gain = (
+            jnp.where(inside, clipped_surrogate(log_rho, transitions.policy_target, self.clip), 0.0) - self.proximal * step_kl
+        )
+        penalty = jnp.zeros(())
+        if objective.penalised:
+            penalty = objective.kl_weight * objective.step_penalty(objective.kl_scales[transitions.j], a, transitions.a_ref)
         below, above = both_sides(self.clip)
         moved = jnp.expm1(log_rho)
         metrics: Metrics = {
-            "update_kl": objective.intervals * jnp.mean(rows.weight * step_kl),
+            "update_kl": objective.intervals * jnp.mean(transitions.weight * step_kl),
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
             "clip_fraction": jnp.mean((moved < -below) | (moved > above)),
         }
-        return objective.intervals * jnp.mean(rows.weight * (price - gain)), metrics
+        return objective.intervals * jnp.mean(transitions.weight * (penalty - gain)), metrics
 
 
 def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
@@ -119,19 +121,22 @@ class WeightedLikelihood(AbstractEstimator):
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
 
     def check(self, objective: Objective, critic: Critic) -> None:
-        require_price(objective, "the exponential weight exp(r / kl_weight)")
+        require_kl_weight(objective, "the exponential weight exp(r / kl_weight)")
 
     def fields(self, objective: Objective) -> Fields:
-        return Fields(rows=frozenset({"noise", "a_old"}))
+        return Fields(transitions=frozenset({"noise", "a_old"}))
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         return self.weights(objective, rollout, values)
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x, rows.cond)
-        log_rho = log_ratio(shift(objective.scales[rows.j], a, rows.a_old), rows.noise)
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        a = objective.control(params, transitions.j, transitions.x, transitions.cond)
+        log_rho = log_ratio(shift(objective.scales[transitions.j], a, transitions.a_old), transitions.noise)
         metrics: Metrics = {
             "max_log_ratio": jnp.max(jnp.abs(log_rho)),
-            "effective_share": jnp.sum(rows.signal) ** 2 / (jnp.sum(rows.signal**2) * rows.signal.size),
+            "effective_share": jnp.sum(transitions.policy_target) ** 2
+            / (jnp.sum(transitions.policy_target**2) * transitions.policy_target.size),
         }
-        return -objective.kl_weight * objective.intervals * jnp.mean(rows.weight * rows.signal * log_rho), metrics
+        return -objective.kl_weight * objective.intervals * jnp.mean(
+            transitions.weight * transitions.policy_target * log_rho
+        ), metrics

@@ -17,8 +17,8 @@ from ..exploration import shift
 from ..objective import Objective
 from ..predictions import expand
 from ..process import Params
-from ..rollout import EVERY_FIELD, Fields, Rollout, Rows
-from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable, require_price
+from ..rollout import EVERY_FIELD, Fields, Rollout, Transitions
+from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable, require_kl_weight
 from .pathwise import Credit, undiscounted
 
 Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]]
@@ -59,8 +59,8 @@ class LeanAdjoint(eqx.Module):
             return vjp(adjoint if published else mean + keep * (adjoint - mean))[0] - cost, adjoint
 
         end = jax.grad(lambda x: jnp.sum(objective.reward(x, rollout.cond)))(rollout.x[-1])
-        rows = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
-        return jax.lax.scan(backward, end, rows, reverse=True)[1]
+        transitions = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
+        return jax.lax.scan(backward, end, transitions, reverse=True)[1]
 
 
 def pull_to_action(objective: Objective) -> Float[Array, " n"]:
@@ -92,7 +92,7 @@ class Matching(AbstractEstimator):
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
 
     def check(self, objective: Objective, critic: Critic) -> None:
-        require_price(objective, "matching")
+        require_kl_weight(objective, "matching")
         if isinstance(self.gradient, LeanAdjoint) or critic.value.uses_reward:
             require_differentiable(objective, "the gradient of the value")
         if not bool(jnp.all(objective.sampler.transitions().std > 0)):
@@ -101,7 +101,7 @@ class Matching(AbstractEstimator):
             )
 
     @property
-    def signal_is_of_paths(self) -> bool:
+    def policy_target_is_of_paths(self) -> bool:
         return True
 
     def fields(self, objective: Objective) -> Fields:
@@ -110,22 +110,22 @@ class Matching(AbstractEstimator):
         known = isinstance(self.gradient, LeanAdjoint) or self.gradient is value_gradient
         return Fields(frozenset({"a_ref"}) if known else EVERY_FIELD.paths)
 
-    def signal_calls(self, critic: Critic) -> Calls:
+    def policy_target_calls(self, critic: Critic) -> Calls:
         """The reference's derivative: along the path, or inside the value."""
         inside = critic.value.uses_reward
         return Calls(gradient=int(isinstance(self.gradient, LeanAdjoint) or inside), reward=int(inside))
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """Target actions."""
         factor = self.credit(objective) * pull_to_action(objective)
         g = self.gradient(objective, critic, models, rollout)
         return rollout.a_ref + expand(factor, g) * g
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        a = objective.control(params, rows.j, rows.x, rows.cond)
-        z = shift(objective.scales[rows.j], a, rows.signal)
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        a = objective.control(params, transitions.j, transitions.x, transitions.cond)
+        z = shift(objective.scales[transitions.j], a, transitions.policy_target)
         error = 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
-        error = objective.intervals * jnp.mean(rows.weight * error)
+        error = objective.intervals * jnp.mean(transitions.weight * error)
         metrics: Metrics = {"matching_error": error}
         return objective.kl_weight * error, metrics
 
@@ -144,7 +144,7 @@ class GradientBalance(AbstractEstimator):
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
 
     def fields(self, objective: Objective) -> Fields:
-        return Fields(rows=frozenset({"x_next", "a_ref"}))
+        return Fields(transitions=frozenset({"x_next", "a_ref"}))
 
     def check(self, objective: Objective, critic: Critic) -> None:
         Matching(value_gradient).check(objective, critic)
@@ -154,11 +154,13 @@ class GradientBalance(AbstractEstimator):
         """The policy, and what the value's gradient needs at both ends (with the policy's and the reference's derivatives)."""
         return Calls(gradient=3 + 2 * int(critic.value.uses_reward), reward=2)
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        t_next = objective.sampler.ts[rows.j + 1]
-        g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x, rows.cond)))(rows.x_next)
-        target = rows.a_ref + expand(pull_to_action(objective)[rows.j], g) * g
-        return Matching().loss(objective, critic, params, models, rows._replace(signal=target))
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        t_next = objective.sampler.ts[transitions.j + 1]
+        g = jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t_next, x, transitions.cond)))(
+            transitions.x_next
+        )
+        target = transitions.a_ref + expand(pull_to_action(objective)[transitions.j], g) * g
+        return Matching().loss(objective, critic, params, models, transitions._replace(policy_target=target))
 
     def value_error(
         self,
@@ -167,20 +169,22 @@ class GradientBalance(AbstractEstimator):
         value_params: Params,
         params: Params,
         reference: Params,
-        rows: Rows,
+        transitions: Transitions,
         largest: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
         """Mean of `|grad V(t, x) + lambda grad_x log (pi_theta / pi_ref)(x' | x) + grad cost|^2 / 2`, summed over dimensions."""
-        phi, psi, std = (expand(v[rows.j], rows.x) for v in objective.sampler.transitions())
+        phi, psi, std = (expand(v[transitions.j], transitions.x) for v in objective.sampler.transitions())
 
         def log_ratio_of(x):
             def squared(p):
-                return ((rows.x_next - phi * x - psi * objective.control(p, rows.j, x, rows.cond)) / std) ** 2
+                return (
+                    (transitions.x_next - phi * x - psi * objective.control(p, transitions.j, x, transitions.cond)) / std
+                ) ** 2
 
             return -0.5 * jnp.sum(squared(params) - squared(reference))
 
-        t, t_next = objective.sampler.ts[rows.j], objective.sampler.ts[rows.j + 1]
-        cost = jax.grad(lambda x: jnp.sum((t_next - t) * objective.sampler.process.running_cost(t, x)))(rows.x)
-        pull = objective.kl_weight * jax.lax.stop_gradient(jax.grad(log_ratio_of)(rows.x)) + cost
-        g = jax.grad(lambda x: jnp.sum(critic(value_params, objective, reference, t, x, rows.cond)))(rows.x)
+        t, t_next = objective.sampler.ts[transitions.j], objective.sampler.ts[transitions.j + 1]
+        cost = jax.grad(lambda x: jnp.sum((t_next - t) * objective.sampler.process.running_cost(t, x)))(transitions.x)
+        pull = objective.kl_weight * jax.lax.stop_gradient(jax.grad(log_ratio_of)(transitions.x)) + cost
+        g = jax.grad(lambda x: jnp.sum(critic(value_params, objective, reference, t, x, transitions.cond)))(transitions.x)
         return 0.5 * jnp.mean(jnp.sum((g + pull) ** 2, axis=tuple(range(1, g.ndim))))

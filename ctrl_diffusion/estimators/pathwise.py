@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..critics import Critic
-from ..lookahead import present_state
 from ..objective import Objective
 from ..predictions import expand
 from ..process import Params
-from ..rollout import Fields, Rollout, Rows
+from ..rollout import Fields, Rollout, Transitions
+from ..x0_prediction import present_state
 from .base import AbstractEstimator, Calls, Metrics, Models, require_differentiable
 
 Credit = Callable[[Objective], Float[Array, " n"]]
@@ -67,10 +67,10 @@ def late(fraction: float) -> Starts:
 
 
 class Pathwise(AbstractEstimator):
-    """Differentiate `w V(t_{j+K}, x_{j+K}) - lambda price` through `K = steps` steps of the chain; beyond `t1` nothing happens.
+    """Differentiate `w V(t_{j+K}, x_{j+K}) - lambda penalty` through `K = steps` steps of the chain; beyond `t1` nothing happens.
 
     Args:
-        steps: how many steps; 0 differentiates the value at the recorded state through the *policy's* lookahead (ReFL).
+        steps: how many steps; 0 differentiates the value at the recorded state through the *policy's* x0_prediction (ReFL).
         starts: intervals that windows start in, given the number of intervals (`every_start`, `last(K)`, `late(fraction)`).
         credit: weights `w` `[n]` of the value, by the interval that a window starts in (`undiscounted`, `discount_per_step`, ...).
         small_memory: recompute: the gradient's memory grows with the root of the number of steps, at two more forward passes.
@@ -98,10 +98,10 @@ class Pathwise(AbstractEstimator):
 
     def fields(self, objective: Objective) -> Fields:
         paths = {"noise"} if self.steps > 1 else set()
-        rows = ({"noise"} if self.steps else set()) | ({"a_ref"} if objective.priced else set())
-        return Fields(frozenset(paths), frozenset(rows))
+        transitions = ({"noise"} if self.steps else set()) | ({"a_ref"} if objective.penalised else set())
+        return Fields(frozenset(paths), frozenset(transitions))
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
         """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end; `None` for one step."""
         n, later = objective.intervals, max(self.steps - 1, 0)
         if not later:
@@ -111,52 +111,60 @@ class Pathwise(AbstractEstimator):
         return jnp.moveaxis(noise, 1, 2)
 
     def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
-        """The policy at every step, the reference at all but the first if priced, and what the critic needs at the end."""
-        reference = max(self.steps - 1, 0) if objective.priced else 0
-        guess = 1 if critic.value.uses_reward and objective.lookahead is not present_state else 0
+        """The policy at every step, the reference at all but the first if penalised, and what the critic needs at the end."""
+        reference = max(self.steps - 1, 0) if objective.penalised else 0
+        guess = 1 if critic.value.uses_reward and objective.x0_prediction is not present_state else 0
         return Calls(gradient=max(self.steps, 1) + reference + guess, reward=int(objective.reward.differentiable))
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
         ts, n = objective.sampler.ts, objective.intervals
         starts = self.starts(objective)
-        credit = self.credit(objective)[rows.j]
-        if self.steps == 0:  # the policy's own guess of the final state
-            value = critic(models.value, objective, params, ts[rows.j], rows.x, rows.cond)
+        credit = self.credit(objective)[transitions.j]
+        if self.steps == 0:  # the policy's own x0 prediction
+            value = critic(models.value, objective, params, ts[transitions.j], transitions.x, transitions.cond)
             total = credit * value
-            if objective.priced:
-                a = objective.control(params, rows.j, rows.x, rows.cond)
-                total = total - objective.kl_weight * objective.price(objective.price_scales[rows.j], a, rows.a_ref)
-            return -len(starts) * jnp.mean(rows.weight * total), {"mean_value": jnp.mean(value)}
+            if objective.penalised:
+                a = objective.control(params, transitions.j, transitions.x, transitions.cond)
+                total = total - objective.kl_weight * objective.step_penalty(
+                    objective.kl_scales[transitions.j], a, transitions.a_ref
+                )
+            return -len(starts) * jnp.mean(transitions.weight * total), {"mean_value": jnp.mean(value)}
 
-        x, gained = self._step(objective, params, rows.j, rows.x, rows.cond, rows.noise, rows.a_ref)
+        x, gained = self._step(
+            objective, params, transitions.j, transitions.x, transitions.cond, transitions.noise, transitions.a_ref
+        )
 
         def body(carry, i):
             x, gained = carry
-            noise = jax.lax.dynamic_index_in_dim(rows.signal, i - 1, axis=1, keepdims=False)  # read in place: no copy of all
-            j = rows.j + i
+            noise = jax.lax.dynamic_index_in_dim(
+                transitions.policy_target, i - 1, axis=1, keepdims=False
+            )  # read in place: no copy of all
+            j = transitions.j + i
             inside = j < n
             j = jnp.minimum(j, n - 1)
             cost = objective.sampler.process.running_cost(ts[j], x) * (ts[j + 1] - ts[j])
-            a_ref = objective.control(models.reference, j, x, rows.cond) if objective.priced else None
-            x_next, gain = self._step(objective, params, j, x, rows.cond, noise, a_ref)
+            a_ref = objective.control(models.reference, j, x, transitions.cond) if objective.penalised else None
+            x_next, gain = self._step(objective, params, j, x, transitions.cond, noise, a_ref)
             return (
                 jnp.where(expand(inside.astype(x.dtype), x) > 0, x_next, x),
                 gained + jnp.where(inside, gain - credit * cost, 0),
             ), None
 
         x, gained = _scan(body, (x, gained), 1 + jnp.arange(self.steps - 1), self.small_memory)
-        value = critic(models.value, objective, models.reference, ts[jnp.minimum(rows.j + self.steps, n)], x, rows.cond)
+        value = critic(
+            models.value, objective, models.reference, ts[jnp.minimum(transitions.j + self.steps, n)], x, transitions.cond
+        )
         metrics: Metrics = {"mean_value": jnp.mean(value)}
         # a step is charged by all windows that it lies in: divided by how many that are, away from the ends
-        return -len(starts) / self._overlap(n, starts) * jnp.mean(rows.weight * (credit * value + gained)), metrics
+        return -len(starts) / self._overlap(n, starts) * jnp.mean(transitions.weight * (credit * value + gained)), metrics
 
     def _step(self, objective: Objective, params: Params, j, x, cond, noise, a_ref):
-        """One step of the chain and minus its price."""
+        """One step of the chain and minus its penalty."""
         phi, psi, std = (expand(v[j], x) for v in objective.sampler.transitions())
         a = objective.control(params, j, x, cond)
         gain = jnp.zeros(x.shape[0], x.dtype)
-        if objective.priced:
-            gain = -objective.kl_weight * objective.price(objective.price_scales[j], a, a_ref)
+        if objective.penalised:
+            gain = -objective.kl_weight * objective.step_penalty(objective.kl_scales[j], a, a_ref)
         return phi * x + psi * a + std * noise, gain
 
     def _overlap(self, n: int, starts: np.ndarray) -> int:

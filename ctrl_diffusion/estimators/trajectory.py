@@ -15,15 +15,15 @@ from ..critics import Critic, returns
 from ..groups import same_condition, variance_within
 from ..objective import Objective
 from ..process import Params
-from ..rollout import Fields, Rollout, Rows
-from .base import AbstractEstimator, Metrics, Models, per_path, require_price
+from ..rollout import Fields, Rollout, Transitions
+from .base import AbstractEstimator, Metrics, Models, per_path, require_kl_weight
 
-LOG_RATIO = Fields(rows=frozenset({"noise", "a_old", "a_ref"}))
+LOG_RATIO = Fields(transitions=frozenset({"noise", "a_old", "a_ref"}))
 
 
-def _tail(objective: Objective, params: Params, rows: Rows):
+def _tail(objective: Objective, params: Params, transitions: Transitions):
     """`lambda log(dP^a/dP^ref)` of every interval of whole paths, `[m, n]`."""
-    pairs, fold = per_path(rows)
+    pairs, fold = per_path(transitions)
     a = objective.control(params, pairs.j, pairs.x, pairs.cond)
     return objective.kl_weight * fold(objective.step_log_ratio(pairs, a))
 
@@ -46,21 +46,21 @@ class LogVariance(AbstractEstimator):
         return LOG_RATIO
 
     def check(self, objective: Objective, critic: Critic) -> None:
-        require_price(objective, "the log-variance")
+        require_kl_weight(objective, "the log-variance")
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """What a path brings without its price."""
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """What a path brings without its penalty."""
         return returns(objective, rollout)
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        return self.statistic(objective, self.residual(objective, critic, params, models, rows), rows)
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        return self.statistic(objective, self.residual(objective, critic, params, models, transitions), transitions)
 
-    def residual(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
+    def residual(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
         """`r - costs - lambda log dP^a/dP^ref` of every path."""
-        return rows.signal[:, 0] - jnp.sum(_tail(objective, params, rows), axis=1)
+        return transitions.policy_target[:, 0] - jnp.sum(_tail(objective, params, transitions), axis=1)
 
-    def statistic(self, objective: Objective, residual, rows: Rows):
-        of_paths = jax.tree.map(lambda v: v[:, 0], rows.cond)
+    def statistic(self, objective: Objective, residual, transitions: Transitions):
+        of_paths = jax.tree.map(lambda v: v[:, 0], transitions.cond)
         loss = 0.5 * variance_within(residual, same_condition(of_paths, residual.dtype)) / objective.kl_weight
         return loss, {"residual": jnp.sqrt(2 * objective.kl_weight * loss)}
 
@@ -83,21 +83,21 @@ class PathConsistency(AbstractEstimator):
         return LOG_RATIO
 
     def check(self, objective: Objective, critic: Critic) -> None:
-        require_price(objective, "path consistency")
+        require_kl_weight(objective, "path consistency")
 
-    def signal(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """What a window brings without its price, `V_e - V_j - costs`."""
+    def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
+        """What a window brings without its penalty, `V_e - V_j - costs`."""
         n = objective.intervals
         end = np.minimum(np.arange(n) + (n if self.span is None else self.span), n)
         costs = to_go(jnp.concatenate([objective.costs(rollout), jnp.zeros_like(values[:1])]))
         return values[end] - values[:-1] - (costs[:-1] - costs[end])
 
-    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, rows: Rows):
-        paid = jnp.cumsum(_tail(objective, params, rows), axis=1)
+    def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
+        paid = jnp.cumsum(_tail(objective, params, transitions), axis=1)
         paid = jnp.concatenate([jnp.zeros_like(paid[:, :1]), paid], axis=1)
         n = objective.intervals
         end = np.minimum(np.arange(n) + (n if self.span is None else self.span), n)
-        residual = rows.signal - (paid[:, end] - paid[:, :-1])
+        residual = transitions.policy_target - (paid[:, end] - paid[:, :-1])
         loss = 0.5 * jnp.mean(residual**2) / objective.kl_weight
         metrics: Metrics = {"residual": jnp.sqrt(jnp.mean(residual**2))}
         return loss, metrics

@@ -20,9 +20,9 @@ from .gaussian import (
     TerminalLaw as TerminalLaw,
 )
 from .measure import (
+    Evaluator as Evaluator,
     FineGap as FineGap,
     PathIntegrals as PathIntegrals,
-    Ruler as Ruler,
 )
 from .mixture import (
     Components as Components,

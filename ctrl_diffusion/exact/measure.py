@@ -39,13 +39,13 @@ class PathIntegrals(NamedTuple):
     final: np.ndarray
 
 
-class Ruler:
+class Evaluator:
     """Measures controls `control(params, t, x, cond)` of one problem, all by the same random numbers.
 
     What concerns the problem alone is computed once. Errors are standard errors over paths.
 
     Args:
-        problem: the problem, whose optimal action is the yardstick.
+        problem: the problem, whose optimal action is the measures.
         keys: one per path, at least two.
         steps: equal steps of the grid (default: four times the problem's).
         solver: any diffrax solver (default `ExponentialEuler`).

@@ -126,5 +126,5 @@ def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, 
         chunk: images at a time, see `in_chunks`; default: all.
     """
     ids = reward.tokenize(prompts, truncate=True)
-    judge = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
-    return differentiable(judge, name, conditional=True)
+    scorer = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
+    return differentiable(scorer, name, conditional=True)

@@ -124,6 +124,6 @@ class CLIP(nnx.Module):
 
 
 def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Rows divided by their length, in float32 at least."""
+    """Transitions divided by their length, in float32 at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -137,7 +137,7 @@ def evaluate(
         raise ValueError(
             f"samples={samples} and reference_samples={reference_samples} must be at least 2: errors need several."
         )
-    scales = objective.price_scales if sampler.is_stochastic else None
+    scales = objective.kl_scales if sampler.is_stochastic else None
     evaluator = Evaluator(sampler, objective.reward, reference, scales, chunk, layout)
     keys = jax.random.split(key, 4)
     conditions = objective.conditions or (lambda key, n: None)

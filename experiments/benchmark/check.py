@@ -1,6 +1,6 @@
 """Before anything of `experiments.benchmark` is timed: all sides give the same samples, loss and gradient.
 
-The yardstick is the hand-written side in float64 on the same noise. How far float32 may be from it is measured, not chosen: in float64
+The measures is the hand-written side in float64 on the same noise. How far float32 may be from it is measured, not chosen: in float64
 times are moved by a rounding and every output of the network by `ROUNDING` of its standard deviation, with signs that do not change from
 step to step; what this does to samples, loss and gradient is the tolerance. The library's actions are scores, which hold the image only to
 `SCORE |x| / alpha`: for it the outputs are moved by that, too.

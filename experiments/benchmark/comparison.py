@@ -4,7 +4,7 @@
 
 A rollout samples a batch of paths and records them; an update is one policy step of clipped likelihood ratios on a minibatch of
 their rows. All sides have the same weights, grid and noise, and are held to the same samples, loss and gradient before anything is timed
-(`experiments.benchmark.check`). PyTorch needs the extra `bench`; what cannot be measured here is left out, and `metrics.json` says why.
+(`experiments.benchmark.check`). PyTorch needs the extra `prepared`; what cannot be measured here is left out, and `metrics.json` says why.
 
 The figures to read are the medians over rounds of the ratios of times within a round: on a shared machine single times mean little.
 """
@@ -141,7 +141,7 @@ def torch_module(asked: bool, sides: list[Side]) -> tuple[Any, Any]:
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ImportError)
         for side in sides:
-            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[bench]'" if missing else str(error)
+            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[prepared]'" if missing else str(error)
         return None, None
 
 

@@ -1,4 +1,4 @@
-"""The same rollout and update in PyTorch with diffusers' U-Net, from the same files; needs the extra `bench`.
+"""The same rollout and update in PyTorch with diffusers' U-Net, from the same files; needs the extra `prepared`.
 
 PyTorch gets the recorded noise, so it draws none, and its fused Adam. Images lie as `[b, h, w, c]` in memory (channels last).
 """
@@ -60,7 +60,7 @@ def as_tensors(recorded: Recorded, c: Coefficients, device: torch.device) -> Dat
 
     rows = recorded.rows
     images = {name: put(getattr(rows, name), True) for name in ("x", "noise", "a_old", "a_ref")}
-    numbers = {"j": put(rows.j).long(), "signal": put(rows.signal)}
+    numbers = {"j": put(rows.j).long(), "policy_target": put(rows.policy_target)}
     return Data(
         put(recorded.path.x[0], True), put(recorded.path.noise, True), images | numbers, put(recorded.order).long(),
         Coefficients(*map(put, c)),
@@ -96,7 +96,7 @@ def surrogate(v: Callable, c: Coefficients, rows: dict[str, torch.Tensor]) -> to
     z, z_ref = scale * (a - rows["a_old"]), scale * (a - rows["a_ref"])
     log_rho = (z * rows["noise"] - 0.5 * z**2).sum((1, 2, 3))
     rho, kl = log_rho.exp(), 0.5 * (z_ref**2).sum((1, 2, 3))
-    gain = torch.minimum(rho * rows["signal"], rho.clamp(1 - CLIP, 1 + CLIP) * rows["signal"])
+    gain = torch.minimum(rho * rows["policy_target"], rho.clamp(1 - CLIP, 1 + CLIP) * rows["policy_target"])
     return len(c.t) * (KL_WEIGHT * kl - gain).mean()
 
 

@@ -4,7 +4,7 @@
     python -m experiments.benchmark_text_to_image --model stable-diffusion-v1-5 --steps 2 --repeats 5 --out runs/benchmark_sd15
 
 All sides have the UNet of the folder, classifier-free guidance with both branches in one batch, the same timesteps and the same noise,
-and are held to the same latents before anything is timed. PyTorch needs the extra `bench`. `python -m experiments.random_model` writes a
+and are held to the same latents before anything is timed. PyTorch needs the extra `prepared`. `python -m experiments.random_model` writes a
 folder with random weights. The figures to read are the medians over rounds of the ratios of times within a round.
 """
 

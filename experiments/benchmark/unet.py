@@ -21,7 +21,7 @@ from ctrl_diffusion.algorithms import State, timed
 from ctrl_diffusion.algorithms.iteration import one_pass, one_update
 from ctrl_diffusion.algorithms.programs import Timed, running
 from ctrl_diffusion.estimators import LikelihoodRatio, Models
-from ctrl_diffusion.rollout import Rows
+from ctrl_diffusion.rollout import Transitions
 from ctrl_diffusion.solvers import sample_keys, standard_normal
 from ctrl_diffusion.stable_diffusion import UNet, UNetConfig
 from ctrl_diffusion.values import NoValue
@@ -117,12 +117,12 @@ def sampled(predict: Predict, c: Coefficients, batch: int) -> Callable:
     return jax.jit(run)
 
 
-def surrogate(predict: Predict, c: Coefficients, params, rows: Rows) -> Float[Array, ""]:
+def surrogate(predict: Predict, c: Coefficients, params, rows: Transitions) -> Float[Array, ""]:
     """The loss on rows `[m]` (see the module)."""
     return jnp.mean(surrogates(predict, c, params, rows))
 
 
-def surrogates(predict: Predict, c: Coefficients, params, rows: Rows) -> Float[Array, " m"]:
+def surrogates(predict: Predict, c: Coefficients, params, rows: Transitions) -> Float[Array, " m"]:
     """What the loss is the mean of."""
     at = jax.tree.map(lambda v: v[rows.j][:, None, None, None], c)
     v = predict(params, rows.x, c.t[rows.j])
@@ -130,7 +130,7 @@ def surrogates(predict: Predict, c: Coefficients, params, rows: Rows) -> Float[A
     z, z_ref = at.scale * (a - rows.a_old), at.scale * (a - rows.a_ref)
     log_rho = jnp.sum(z * rows.noise - 0.5 * z**2, axis=(1, 2, 3))
     rho, kl = jnp.exp(log_rho), 0.5 * jnp.sum(z_ref**2, axis=(1, 2, 3))
-    gain = jnp.minimum(rho * rows.signal, jnp.clip(rho, 1 - CLIP, 1 + CLIP) * rows.signal)
+    gain = jnp.minimum(rho * rows.policy_target, jnp.clip(rho, 1 - CLIP, 1 + CLIP) * rows.policy_target)
     return len(c.t) * (KL_WEIGHT * kl - gain)
 
 
@@ -144,7 +144,7 @@ def updated(predict: Predict, c: Coefficients) -> Callable:
     opt = optimizer()
 
     @jax.jit(donate_argnums=0)
-    def update(state, rows: Rows, order: Int[Array, "k m"], i):
+    def update(state, rows: Transitions, order: Int[Array, "k m"], i):
         params, opt_state = state
         some = jax.tree.map(lambda v: v[order[i]], rows)
         gradient = jax.grad(lambda p: surrogate(predict, c, p, some))(params)
@@ -158,7 +158,7 @@ class Recorded(NamedTuple):
     """Paths of one iteration as the rows that are trained on, and which rows each minibatch has."""
 
     path: cd.sampler.Trajectory
-    rows: Rows
+    rows: Transitions
     order: Int[Array, "k m"]
     sample: Timed
     """The call that made the paths."""
@@ -195,8 +195,8 @@ class Task(NamedTuple):
         """The diffusion process."""
         return self.objective.sampler.process  # pyright: ignore[reportReturnType]
 
-    def minibatch(self, i: int) -> Rows:
-        """Rows of minibatch `i`."""
+    def minibatch(self, i: int) -> Transitions:
+        """Transitions of minibatch `i`."""
         return self.algorithm.programs["select"].run(self.recorded.rows, self.recorded.order, i)
 
 
@@ -268,7 +268,7 @@ def hand_update(task: Task, c: Coefficients) -> Callable[[int], Any]:
     return call
 
 
-def our_loss(task: Task, rows: Rows, options: dict[str, Any]) -> tuple[Any, Any]:
+def our_loss(task: Task, rows: Transitions, options: dict[str, Any]) -> tuple[Any, Any]:
     """The library's loss and gradient on rows `[m]`."""
 
     def loss(params):

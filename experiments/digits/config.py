@@ -136,7 +136,7 @@ def check(config: Config, reward, images: datasets.Images) -> float:
         )
     choice = choose(config.algorithm)
     if config.kl_weight is None:
-        if not choice.priced:
+        if not choice.penalised:
             return 0.0
         if reward is not None:
             raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")

@@ -89,7 +89,7 @@ def run(
 
     print(describe(layout, batch=config.batch, pretrain_batch=config.pretrain_batch))
     print(f"[1/4] classifiers and pre-training ({len(images.x)} images, {_count(model.params):,} parameters)")
-    log_probabilities, judge = _classifiers(keys["classifier"], images)
+    log_probabilities, held_out_classifier = _classifiers(keys["classifier"], images)
     chosen = (
         OF_DIGITS[config.reward].make(RewardSettings(log_probabilities, config.digit)) if reward is None else as_reward(reward)
     )
@@ -105,7 +105,7 @@ def run(
     reference_reward = mean_and_error(reference.rewards)
     optimum_at = partial(_optimum, reference, model.process)
     optimum_at(kl_weight, warn=True)
-    held_out = _held_out(judge, None if reward is not None or config.reward != "digit" else config.digit)
+    held_out = _held_out(held_out_classifier, None if reward is not None or config.reward != "digit" else config.digit)
 
     print(f"[3/4] fine-tuning for {chosen.name!r} at {kl_weight:g} per nat of path KL")
     algorithm, value_params = _algorithm(config, model.sampler, chosen, kl_weight, layout)
@@ -136,7 +136,7 @@ def run(
     if is_first():
         sets = {"before": before, "after": final, "optimum": at_optimum}
         histograms = {"before": (reference.x, None), "after": (final.x, None), "optimum": (reference.x, weights)}
-        write_arrays(config.out / "samples.npz", _for_figures(judge, sets, histograms))
+        write_arrays(config.out / "samples.npz", _for_figures(held_out_classifier, sets, histograms))
     metrics = summary(final, optimum, reference_reward, kl_weight) | _counts(progress, algorithm)
     metrics |= optimum_metrics(optimum, reference_reward, config.reference_samples)
     metrics |= diversities(images.x, reference.x, final.x, at_optimum.x)
@@ -200,15 +200,15 @@ def _at_optimum(reference: Samples, optimum: Optimum | None, seed: int) -> tuple
 
 
 def _for_figures(
-    judge: LogProbabilities | None,
+    classifier: LogProbabilities | None,
     sets: dict[str, Samples],
     histograms: dict[str, tuple[np.ndarray, np.ndarray | None]],
 ) -> dict[str, np.ndarray]:
-    """The first 64 images of each set with their rewards, and what a judge makes of (weighted) images."""
+    """The first 64 images of each set with their rewards, and what a classifier makes of (weighted) images."""
     arrays = {name: samples.x[:64] for name, samples in sets.items()}
     arrays |= {f"rewards_{name}": samples.rewards[:64] for name, samples in sets.items()}
-    if judge is not None:
-        arrays |= {f"histogram_{name}": _histogram(judge, *images) for name, images in histograms.items()}
+    if classifier is not None:
+        arrays |= {f"histogram_{name}": _histogram(classifier, *images) for name, images in histograms.items()}
     return arrays
 
 
@@ -255,7 +255,7 @@ _STREAMS = ("classifier", "pretrain", "reference", "finetune", "evaluation")
 
 
 def _classifiers(key: jax.Array, images: datasets.Images) -> tuple[LogProbabilities | None, LogProbabilities | None]:
-    """The reward's classifier and the judge, from disjoint halves of the labelled data (`None` without labels)."""
+    """The reward's classifier and the held-out one, from disjoint halves of the labelled data (`None` without labels)."""
     if images.y is None:
         return None, None
     order = np.random.default_rng(0).permutation(len(images.x))
@@ -267,21 +267,21 @@ def _classifiers(key: jax.Array, images: datasets.Images) -> tuple[LogProbabilit
     return both[0], both[1]
 
 
-def _held_out(judge: LogProbabilities | None, digit: int | None) -> Callable[[jax.Array], float] | None:
-    """Mean log-probability under the judge of the digit asked for, or of the likeliest class ("is it still a digit?")."""
-    if judge is None:
+def _held_out(classifier: LogProbabilities | None, digit: int | None) -> Callable[[jax.Array], float] | None:
+    """Mean log-probability under the classifier of the digit asked for, or of the likeliest class ("is it still a digit?")."""
+    if classifier is None:
         return None
 
     @jax.jit
     def score(x):
-        logp = judge(x)
+        logp = classifier(x)
         return jnp.mean(jnp.max(logp, axis=-1) if digit is None else logp[:, digit])
 
     return lambda x: float(score(x))
 
 
-def _histogram(judge: LogProbabilities, x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    classes = np.asarray(jnp.argmax(judge(jnp.asarray(x)), axis=-1))
+def _histogram(classifier: LogProbabilities, x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    classes = np.asarray(jnp.argmax(classifier(jnp.asarray(x)), axis=-1))
     counts = np.bincount(classes, weights, minlength=10)
     return counts / counts.sum()
 

@@ -13,13 +13,13 @@ GLOSSARY = {
         "path_kl": ("nats", "relative entropy of the fine-tuned sampler's paths with respect to the reference's"),
         "held_out_reward": (
             "nats",
-            "the held-out judge's mean log-probability: of the digit asked for, else of the likeliest class",
+            "the held-out classifier's mean log-probability: of the digit asked for, else of the likeliest class",
         ),
     },
     "Reference (before fine-tuning)": {
         "reward_reference": ("reward", "mean reward of the reference"),
         "objective_reference": ("reward", "J of the reference: its reward, as its path KL is 0"),
-        "held_out_reward_reference": ("nats", "the held-out judge's mean log-probability for the reference"),
+        "held_out_reward_reference": ("nats", "the held-out classifier's mean log-probability for the reference"),
     },
     "Optimum (reference samples weighted with exp(reward / kl_weight))": {
         "optimum": ("reward", "J*, the best J that any policy can reach"),

@@ -10,7 +10,7 @@ from .results import Run, number, quantity
 
 FEW_SAMPLES = 100  # effective samples below which the reweighted optimum is not to be trusted
 HELD_OUT = (
-    "The held-out judge is a classifier that took no part in the training and learned from other images than the reward did: "
+    "The held-out reward is a classifier that took no part in the training and learned from other images than the reward did: "
     "it tells a reward that is earned from one that is merely exploited."
 )
 

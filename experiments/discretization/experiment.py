@@ -293,8 +293,8 @@ class Experiment:
                     "steps out."
                 )
             samples = Samples(x, self._rewards(x), kl)
-            priced = optimum if method in PRICED else None
-            row = summary(samples, priced, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
+            penalised = optimum if method in PRICED else None
+            row = summary(samples, penalised, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
             distance = energy_distance(x, policy.target)
             row |= {"energy_distance": distance.mean, "energy_distance_se": distance.se}
             row |= {"diversity": cd.diversity.vendi_score(x[:256], self.bandwidth)}

@@ -28,7 +28,8 @@ from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is
 from ..commandline import execute, require_at_least, require_known
 from ..devices import Devices
 from .report import write_report
-from .units import ENTRIES, PROBLEMS, Budget, budget_for, solve, why_not
+from .setup import PROBLEMS
+from .units import ENTRIES, Budget, budget_for, solve, why_not
 
 QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
 EVERYWHERE = ("adjoint_matching_bootstrapped", "log_variance")

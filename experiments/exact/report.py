@@ -14,7 +14,8 @@ from ctrl_diffusion import exact
 from ctrl_diffusion.runs.files import write_atomic
 
 from ..figures import png
-from .units import ENTRIES, PROBLEMS
+from .setup import PROBLEMS
+from .units import ENTRIES
 
 Result = dict[str, Any]
 
@@ -90,15 +91,15 @@ def overview(results: Sequence[Result]) -> str:
 
 def _gaps(results: Sequence[Result]) -> Any:
     """Relative gaps on a logarithmic axis, one panel per problem, a point per seed."""
-    priced = [r for r in results if r["relative_gap"] is not None]
-    problems = [p for p in PROBLEMS if any(r["problem"] == p for r in priced)]
-    heights = [len({r["algorithm"] for r in priced if r["problem"] == p}) for p in problems]
+    penalised = [r for r in results if r["relative_gap"] is not None]
+    problems = [p for p in PROBLEMS if any(r["problem"] == p for r in penalised)]
+    heights = [len({r["algorithm"] for r in penalised if r["problem"] == p}) for p in problems]
     figure, axes = plt.subplots(
         max(len(problems), 1), 1, figsize=(7.5, 1.1 * max(len(problems), 1) + 0.26 * sum(heights)), sharex=True, squeeze=False,
         height_ratios=[h + 1.2 for h in heights] or None, layout="constrained",
     )  # fmt: skip
     for panel, problem in zip(axes[:, 0], problems):
-        rows = [r for r in priced if r["problem"] == problem]
+        rows = [r for r in penalised if r["problem"] == problem]
         names = sorted(
             {r["algorithm"] for r in rows}, key=lambda a: -np.mean([r["relative_gap"] for r in rows if r["algorithm"] == a])
         )
@@ -128,7 +129,7 @@ def _frontier(results: Sequence[Result]) -> Any:
         panel.plot(best[:, 0], best[:, 1], color="black", linewidth=1.2, label="best possible")
         for i, algorithm in enumerate(a for a in ENTRIES if a != "exact_critic"):
             for result in [r for r in results if r["algorithm"] == algorithm][:1]:
-                free = not ENTRIES[algorithm].priced
+                free = not ENTRIES[algorithm].penalised
                 panel.plot(
                     result["path_kl"], result["reward"], "^" if free else "o", color=colours[i % 20], markersize=7,
                     label=f"{algorithm} (no price)" if free else algorithm,

@@ -10,33 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from ctrl_diffusion.estimators.pathwise import Credit
-from ctrl_diffusion.exact import AbstractControlProblem
-from ctrl_diffusion.networks import TimeEmbedding
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
-from ctrl_diffusion.predictions import V, expand
-from ctrl_diffusion.solvers import power
+from ctrl_diffusion.predictions import expand
 
 from ..algorithm_registry import ALGORITHMS, Choice, Settings
 from ..distances import Target, energy_distance, make_target
-
-Control = Callable[..., Any]
-
-PROBLEMS: dict[str, Callable[[], AbstractControlProblem]] = {
-    "ring_linear": exact.ring_linear,
-    "ring_quadratic": exact.ring_quadratic,
-    "gaussian_quadratic": functools.partial(exact.gaussian_quadratic, tau_min=2e-3),
-    "quadratic_ou_easy": exact.quadratic_ou_easy,
-    "quadratic_ou_hard": exact.quadratic_ou_hard,
-    "linear_ou": exact.linear_ou,
-    "double_well": exact.double_well,
-}
-DIFFUSION = ("ring_linear", "ring_quadratic", "gaussian_quadratic")
+from .setup import DIFFUSION, Control, Setup, setup
 
 
 def sqdf_discount_per_time(objective: cd.Objective) -> Any:
@@ -67,7 +51,7 @@ ENTRIES: dict[str, Choice] = ALGORITHMS | {
 
 GUESS = "builds on a guess of the final state, which without data is the present state (no posterior mean)"
 NOT_FOR_CONTROL: dict[str, str] = {
-    **{name: "has no price: these problems are about the price" for name, choice in ENTRIES.items() if not choice.priced},
+    **{name: "has no price: these problems are about the price" for name, choice in ENTRIES.items() if not choice.penalised},
     **dict.fromkeys(("sqdf", "sqdf_per_time", "refl", "vidd"), GUESS),
     "flow_grpo": "divides returns by their spread, which changes the price",
     "rwr": "weights paths of the reference, of which almost none matter in these dimensions",
@@ -127,91 +111,7 @@ def budget_for(algorithm: str, problem: str) -> Budget:
     return FOR_THIS_PROBLEM.get((algorithm, problem), BUDGETS.get(algorithm, DEFAULT))
 
 
-class PolicyNetwork(nnx.Module):
-    """`gain(t) features + network(features, t)`: features `[b, f]` to `[b, *out]`, zero at first."""
-
-    def __init__(self, features: int, out: tuple[int, ...], width: int, rngs: nnx.Rngs):
-        self.out = nnx.static(out)
-        self.embed = TimeEmbedding(width, rngs)
-        self.gain = nnx.Linear(width, math.prod(out) * features, kernel_init=nnx.initializers.zeros, rngs=rngs)
-        self.network = cd.ResidualMLP((features,), out, width=width, depth=2, rngs=rngs)
-
-    def __call__(self, features, t, cond=None):
-        gain = self.gain(nnx.silu(self.embed(t))).reshape(len(features), -1, features.shape[1])
-        return self.network(features, t) + jnp.einsum("bof,bf->bo", gain, features).reshape(-1, *self.out)
-
-
-class CoordinateNetwork(nnx.Module):
-    """A small network for every coordinate, which sees its own `(t, x_i, seen_i)` only: features `[b, 2 d]` to `[b, d]`, zero at first."""
-
-    def __init__(self, features: int, out: tuple[int, ...], width: int, rngs: nnx.Rngs):
-        (d,) = out
-        each = nnx.initializers.lecun_normal(batch_axis=0)
-        self.embed = TimeEmbedding(width, rngs)
-        self.enter = nnx.Einsum("bfd,dfk->bdk", (d, features // d, width), kernel_init=each, rngs=rngs)
-        self.modulation = nnx.Einsum("be,dek->bdk", (d, width, 2 * width), (d, 2 * width), kernel_init=each, rngs=rngs)
-        self.inner = nnx.Einsum("bdk,dkl->bdl", (d, width, width), (d, width), kernel_init=each, rngs=rngs)
-        self.leave = nnx.Einsum("bdk,dk->bd", (d, width), kernel_init=nnx.initializers.zeros, rngs=rngs)
-
-    def __call__(self, features, t, cond=None):
-        scale, shift = jnp.split(self.modulation(nnx.silu(self.embed(t))), 2, axis=-1)
-        h = self.enter(features.reshape(len(features), -1, self.leave.kernel.shape[0]))
-        return self.leave(nnx.silu(self.inner(nnx.silu(h * (1 + scale) + shift))))
-
-
-COORDINATEWISE = ("double_well",)
-"""Problems whose drift, noise, cost and reward treat coordinates one by one: their policies do so too, with half the width."""
-
-
-class Lab(NamedTuple):
-    """A problem with a sampler, a control and a value; `start(seed)` gives the parameters of both."""
-
-    problem: AbstractControlProblem
-    sampler: cd.Sampler
-    value: Control
-    start: Callable[[int], tuple[Any, Any]]
-
-
-def lab(problem_name: str, width: int = 32) -> Lab:
-    """The reference action plus `G^2/B` times a network that starts at zero; a value network of `(t, x)` beside it.
-
-    The network sees `t`, `x` and what the reference makes of them: the posterior mean of diffusion problems, the drift of others.
-    On the `COORDINATEWISE` problems it is one small network per coordinate, otherwise one of all.
-    Steps shrink towards the end, `t1 - t = (t1 - t0) (1 - i/n)^1.5`. Diffusion problems are sampled with frozen v-predictions on 100
-    of them: a policy that is optimal for this chain has a relative gap of 0.4 % on the ring, with 50 steps and x0 frozen it has 3 %.
-    Others have their own number.
-    """
-    problem = PROBLEMS[problem_name]()
-    process, steps, shape = problem.process, len(problem.grid()) - 1, problem.shape
-    if isinstance(process, cd.DiffusionProcess):
-        process, steps = cd.DiffusionProcess(process.schedule, process.eta, V), 100
-    grid = power(process.t0, process.t1, steps, 1.5)
-
-    def networks(seed):
-        rngs = nnx.Rngs(seed)
-        if problem_name in COORDINATEWISE:
-            policy = cd.value_network(CoordinateNetwork(2 * math.prod(shape), shape, width // 2, rngs))
-        else:
-            policy = cd.value_network(PolicyNetwork(2 * math.prod(shape), shape, width, rngs))
-        return policy, cd.value_network(cd.ResidualMLP(shape, (), width=width, depth=2, rngs=rngs))
-
-    def start(seed):
-        (_, params), (_, value_params) = networks(seed)
-        return params, value_params
-
-    (network, _), (value, _) = networks(0)
-
-    def control(params, t, x, cond=None):
-        _, b, g = process.coefficients(t)
-        a_ref = problem.reference_action(None, t, x)
-        seen = process.terminal_mean(t, x, a_ref) if isinstance(process, cd.DiffusionProcess) else a_ref
-        features = jnp.concatenate([v.reshape(len(x), -1) for v in (x, seen)], axis=1)
-        return a_ref + expand(g**2 / b, x) * network(params, t, features)
-
-    return Lab(problem, cd.Sampler(process, control, shape, grid=grid), value, start)
-
-
-def mean_value_action(place: Lab) -> Control:
+def mean_value_action(place: Setup) -> Control:
     """Where methods with the value `E^a[r | x]`, without KL-to-go, converge to: `a_ref + (a*_{lambda/2} - a_ref)/2`.
 
     That value solves the control problem's equation at half the temperature: the equation of `E^a r` under
@@ -228,7 +128,7 @@ def mean_value_action(place: Lab) -> Control:
     return action
 
 
-def discounted_guess_action(place: Lab, discount: Credit) -> Control:
+def discounted_guess_action(place: Setup, discount: Credit) -> Control:
     """Where `sqdf` converges to: `a_ref + w std^2/(lambda psi) grad_x r(x_hat(t, x))`, up to one step's change of it.
 
     `x_hat` is the reference's posterior mean. The discount `w` and `std^2/psi` (in the limit `G^2/B`) are
@@ -250,7 +150,7 @@ def discounted_guess_action(place: Lab, discount: Credit) -> Control:
     return action
 
 
-FIXED_POINTS: dict[str, Callable[[Lab], Control]] = {
+FIXED_POINTS: dict[str, Callable[[Setup], Control]] = {
     "vard": mean_value_action,
     "score_as_action_published": mean_value_action,
     "sqdf": functools.partial(discounted_guess_action, discount=cd.estimators.discount_per_step(0.9)),
@@ -258,68 +158,70 @@ FIXED_POINTS: dict[str, Callable[[Lab], Control]] = {
 }
 
 
-def structured_value(place: Lab) -> cd.values.AbstractValue:
+def structured_value(place: Setup) -> cd.values.AbstractValue:
     """A network with the reward of the posterior mean, to be learned."""
     return cd.StructuredValue(place.value, place.problem.process.t0, place.problem.process.t1)
 
 
-def exact_value(place: Lab) -> cd.values.AbstractValue:
+def exact_value(place: Setup) -> cd.values.AbstractValue:
     """The problem's own."""
     return cd.GivenValue(place.problem.value, place.problem.process.t0, place.problem.process.t1)
 
 
-VALUES: dict[str, Callable[[Lab], cd.values.AbstractValue]] = {"exact_critic": exact_value}
+VALUES: dict[str, Callable[[Setup], cd.values.AbstractValue]] = {"exact_critic": exact_value}
 
 
-class Yardstick(NamedTuple):
+class Measures(NamedTuple):
     """What all algorithms on a problem are measured with."""
 
-    place: Lab
-    ruler: exact.Ruler
+    place: Setup
+    evaluator: exact.Evaluator
     optimal: Target
     chain_gap: Callable[[Any], float] | None
 
 
 @functools.lru_cache(maxsize=1)
-def yardstick(problem_name: str) -> Yardstick:
+def measures(problem_name: str) -> Measures:
     """Made and compiled once for all units of a problem that a process solves."""
-    place = lab(problem_name)
-    ruler = exact.Ruler(place.problem, cd.sample_keys(jax.random.key(1_000_003), 1024))
-    optimal = make_target(np.asarray(place.problem.sample_optimal(ruler.keys)), np.full(len(ruler.keys), 1 / len(ruler.keys)))
-    return Yardstick(place, ruler, optimal, chain_gap(place) if problem_name in RINGS else None)
+    place = setup(problem_name)
+    evaluator = exact.Evaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), 1024))
+    optimal = make_target(
+        np.asarray(place.problem.sample_optimal(evaluator.keys)), np.full(len(evaluator.keys), 1 / len(evaluator.keys))
+    )
+    return Measures(place, evaluator, optimal, chain_gap(place) if problem_name in RINGS else None)
 
 
-class Bench(NamedTuple):
+class Prepared(NamedTuple):
     """What all seeds of an algorithm on a problem share: the compiled loop, and where it converges to if it is biased."""
 
-    yardstick: Yardstick
+    measures: Measures
     algorithm: cd.algorithms.Algorithm
     fixed_point: Control | None
 
 
 @functools.lru_cache(maxsize=1)
-def bench(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ONE_DEVICE) -> Bench:
+def prepared(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ONE_DEVICE) -> Prepared:
     """Made once for all seeds, so that they compile once."""
-    choice, measured = ENTRIES[algorithm], yardstick(problem_name)
+    choice, measured = ENTRIES[algorithm], measures(problem_name)
     place = measured.place
     updates = budget.iterations * budget.epochs * budget.minibatches
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
     times = None if budget.times is None else cd.algorithms.TimeSampling(budget.times)
     training = cd.Training(optimizer, budget.batch, budget.epochs, budget.minibatches, optax.adam(rate), times, layout=layout)
-    kl_weight = place.problem.kl_weight if choice.priced else 0.0
+    kl_weight = place.problem.kl_weight if choice.penalised else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
     made = choice.make(Settings(objective, value, training, kl_radius=0.01))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
-    return Bench(measured, made, fixed_point)
+    return Prepared(measured, made, fixed_point)
 
 
 def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
     """Train one unit on the devices of `layout`, and measure it on one."""
     begin = time.perf_counter()
-    choice, table = ENTRIES[algorithm], bench(algorithm, problem_name, budget, layout)
-    params, value_params = table.yardstick.place.start(seed)
+    choice, table = ENTRIES[algorithm], prepared(algorithm, problem_name, budget, layout)
+    params, value_params = table.measures.place.start(seed)
     state = table.algorithm.init(params, value_params if choice.learns_value else ())
     history = []
     for i in range(budget.iterations):
@@ -336,7 +238,7 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: 
         "algorithm": algorithm,
         "problem": problem_name,
         "seed": seed,
-        **measure(table, choice.priced, whole(state.params)),
+        **measure(table, choice.penalised, whole(state.params)),
         "network_evaluations": calls.network * budget.iterations,
         "network_gradient_evaluations": calls.gradient * budget.iterations,
         "reward_evaluations": calls.reward * budget.iterations,
@@ -345,29 +247,30 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: 
     }
 
 
-def measure(table: Bench, priced: bool, params: Any) -> dict[str, Any]:
+def measure(table: Prepared, penalised: bool, params: Any) -> dict[str, Any]:
     """Gap, control error, reward, path KL and distance to the optimal law, on four times the steps of the problem."""
-    (place, ruler, optimal, chain), fixed_point = table.yardstick, table.fixed_point
+    (place, evaluator, optimal, chain), fixed_point = table.measures, table.fixed_point
     problem, control = place.problem, place.sampler.control
-    gap, paths = ruler.gap(control, params), ruler.integrals(control, params)
+    gap, paths = evaluator.gap(control, params), evaluator.integrals(control, params)
     reward, kl = mean_and_error(paths.returns), mean_and_error(paths.price / problem.kl_weight)
-    error, distance = ruler.control_l2_error(control, params), energy_distance(paths.final, optimal)
+    error, distance = evaluator.control_l2_error(control, params), energy_distance(paths.final, optimal)
     own = None
     if fixed_point is not None:
         reached, untrained = (
-            ruler.integrals(c, p, fixed_point).price.mean() for c, p in ((control, params), (problem.reference_action, None))
+            evaluator.integrals(c, p, fixed_point).price.mean()
+            for c, p in ((control, params), (problem.reference_action, None))
         )
         own = float(reached / untrained)
     return {
-        "relative_gap": gap.relative.mean if priced else None,
-        "relative_gap_se": gap.relative.se if priced else None,
-        "optimality_gap": gap.gap.mean if priced else None,
-        "optimality_gap_se": gap.gap.se if priced else None,
+        "relative_gap": gap.relative.mean if penalised else None,
+        "relative_gap_se": gap.relative.se if penalised else None,
+        "optimality_gap": gap.gap.mean if penalised else None,
+        "optimality_gap_se": gap.gap.se if penalised else None,
         "own_relative_gap": own,
-        "chain_relative_gap": chain(params) if chain and priced else None,
+        "chain_relative_gap": chain(params) if chain and penalised else None,
         "control_l2_error": error.mean,
         "control_l2_error_se": error.se,
-        "zero_control_l2_error": ruler.zero_control_l2_error.mean,
+        "zero_control_l2_error": evaluator.zero_control_l2_error.mean,
         "reward": reward.mean,
         "reward_se": reward.se,
         "path_kl": kl.mean,
@@ -377,7 +280,7 @@ def measure(table: Bench, priced: bool, params: Any) -> dict[str, Any]:
     }
 
 
-def chain_gap(place: Lab, samples: int = 2**16, chunk: int = 2**13) -> Callable[[Any], float]:
+def chain_gap(place: Setup, samples: int = 2**16, chunk: int = 2**13) -> Callable[[Any], float]:
     """Relative gap of parameters on the training's own chain: its KL, and its optimum from reference samples (0.4 % error on the ring)."""
     problem, sampler = place.problem, place.sampler
     keys, scales = cd.sample_keys(jax.random.key(1_000_004), samples), sampler.chain_scales()

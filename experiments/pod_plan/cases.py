@@ -53,7 +53,7 @@ class Settings:
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (only text_to_image)."""
     stratified: bool = False
-    """Rows stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
+    """Transitions stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
     steps: int | None = None
     """Control intervals between noise and data."""
     minibatches: int | None = None
@@ -90,7 +90,7 @@ def digits_case(settings: Settings) -> Case:
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02), config.eta)
     model = cd.make_model(network, process, shape, grid=process.grid(config.steps))
     reward = OF_DIGITS["digit"].make(RewardSettings(Classifier(64, 128, nnx.Rngs(0)), config.digit))  # untrained: the same
-    kl_weight = OF_DIGITS["digit"].kl_weight if choose(config.algorithm).priced else 0.0
+    kl_weight = OF_DIGITS["digit"].kl_weight if choose(config.algorithm).penalised else 0.0
 
     def algorithm(layout: Layout, batch: int) -> cd.algorithms.Algorithm:
         return digits._algorithm(dataclasses.replace(config, batch=batch), model.sampler, reward, kl_weight, layout)[0]

@@ -145,7 +145,7 @@ def check(config: Config) -> None:
         raise ValueError(f"reward_weights={config.reward_weights} must be one for each of reward={config.reward}.")
     if config.kl_weight is not None and not config.kl_weight >= 0:
         raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the price of a nat of path KL.")
-    if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).priced:
+    if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).penalised:
         raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
     if not config.eta > 0:
         raise ValueError(
@@ -182,7 +182,7 @@ def price(config: Config) -> float:
     """The temperature, reward units per nat."""
     if config.kl_weight is not None:
         return config.kl_weight
-    return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).priced else 0.0
+    return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).penalised else 0.0
 
 
 def read_prompts(config: Config) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from ctrl_diffusion.solvers import power
 
 from .. import data as datasets
 from ..classifier import train_classifier
-from ..exact.units import PROBLEMS as EXACT
+from ..exact.setup import PROBLEMS as EXACT
 from ..reward_registry import OF_DIGITS, Settings
 from .fit import Case, Exact, HeldOut, Law, take_paths
 
@@ -87,7 +87,7 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
         noise = (x[1:] - moved) / expand(steps.std, a_old)
         x_hat = jax.vmap(problem.process.terminal_mean)(ts[:-1], x[:-1], a_ref)
         reward = jax.vmap(problem.reward)
-        paid = objective.step_prices(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, noise)
+        paid = objective.step_penalties(a_old, a_ref), objective.step_log_ratios(a_old, a_ref, noise)
         return Rollout(ts, x, problem.reward(x[-1]), *paid, x_hat=x_hat, r_hat=reward(x_hat)), reward(x[:-1])
 
     # one batch per seed, and one that no seed trains on

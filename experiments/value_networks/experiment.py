@@ -19,7 +19,7 @@ from .fit import Budget, Case, learn
 from .report import summary, write_report
 from .variants import BY_NAME
 
-QUICK = ("structured", "plain", "lookahead", "mean", "td_0")
+QUICK = ("structured", "plain", "x0_prediction", "mean", "td_0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
-from ctrl_diffusion.rollout import Rollout, Rows, over_paths
+from ctrl_diffusion.rollout import Rollout, Transitions, over_paths
 
 from .variants import Variant
 
@@ -125,7 +125,7 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
             at = index // case.paths, index % case.paths
             x, x_hat, r_hat, goal = (v[at] for v in (some.x, some.x_hat, some.r_hat, target))
             at, x, x_hat, r_hat, goal = layout.constrain((at, x, x_hat, r_hat, goal), layout.batch)
-            rows = Rows(at[0], x, jnp.ones_like(goal), x_hat=x_hat, r_hat=r_hat, target=goal)
+            rows = Transitions(at[0], x, jnp.ones_like(goal), x_hat=x_hat, r_hat=r_hat, value_target=goal)
             gradient = jax.grad(critic.error)(state.params, objective, rows)
             change, opt = optimizer.update(gradient, state.optimizer, state.params)
             return Learned(optax.apply_updates(state.params, change), opt), None

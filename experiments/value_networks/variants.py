@@ -30,9 +30,9 @@ def plain(network: ValueNetwork, t0: float, t1: float) -> AbstractValue:
     return cd.PlainValue(network, t0, t1)
 
 
-def lookahead(network: ValueNetwork, t0: float, t1: float) -> AbstractValue:
+def x0_prediction(network: ValueNetwork, t0: float, t1: float) -> AbstractValue:
     """`r(x_hat)`, and no network."""
-    return cd.LookaheadValue(t0, t1)
+    return cd.X0RewardValue(t0, t1)
 
 
 class Variant(NamedTuple):
@@ -62,7 +62,7 @@ structured = partial(partial, cd.StructuredValue)
 VARIANTS: tuple[Variant, ...] = (
     Variant("structured", "structured"),
     Variant("plain", "plain network", plain),
-    Variant("lookahead", "r(x̂), not trained", lookahead, cd.Critic),
+    Variant("x0_prediction", "r(x̂), not trained", x0_prediction, cd.Critic),
     Variant("cos_1-cos", "cos, 1 − cos", structured(c_out=one_minus_cosine)),
     Variant("linear", "1 − s, s", structured(c_skip=one_minus, c_out=identity)),
     Variant("constant", "1, sin", structured(c_skip=one)),
@@ -89,7 +89,7 @@ class Panel(NamedTuple):
 
 
 PANELS: tuple[Panel, ...] = (
-    Panel("Form", ("structured", "plain", "lookahead")),
+    Panel("Form", ("structured", "plain", "x0_prediction")),
     Panel("Coefficients", ("structured", "cos_1-cos", "linear", "constant"), (("structured", "cos, sin"),)),
     Panel("Inputs", ("structured", "noisy_network", "noisy_reward", "noisy"), (("structured", "r(x̂), F(x̂)"),)),
     Panel("Target, states of the reference", ("structured", "mean"), (("structured", "soft"),)),

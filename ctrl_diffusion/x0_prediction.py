@@ -7,7 +7,7 @@ from .process import Cond, DiffusionProcess, Params, State
 from .sampler import Sampler
 from .solvers import ExponentialEuler
 
-Lookahead = Callable[..., State]  # (sampler, params, t, x, action, cond) -> an estimate of the final state
+X0Prediction = Callable[..., State]  # (sampler, params, t, x, action, cond) -> an estimate of the final state
 
 
 def posterior_mean(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
@@ -20,7 +20,7 @@ def present_state(sampler: Sampler, reference: Params, t, x: State, action: Stat
     return x
 
 
-def few_step_ode(steps: int) -> Lookahead:
+def few_step_ode(steps: int) -> X0Prediction:
     """The end of the reference's probability-flow ODE from `(t, x)`, by `steps` DDIM steps of equal time.
 
     A flow map, as a consistency model is; not a posterior mean. One step is the posterior mean, up to `tau_min`.
@@ -28,7 +28,7 @@ def few_step_ode(steps: int) -> Lookahead:
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
 
-    def lookahead(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
+    def x0_prediction(sampler: Sampler, reference: Params, t, x: State, action: State, cond: Cond = None) -> State:
         process = sampler.process
         if not isinstance(process, DiffusionProcess):
             raise TypeError(f"few_step_ode follows a probability flow, which {type(process).__name__} does not have.")
@@ -41,4 +41,4 @@ def few_step_ode(steps: int) -> Lookahead:
             x = expand(phi, x) * x + expand(psi, x) * action
         return x
 
-    return lookahead
+    return x0_prediction
