@@ -1,6 +1,5 @@
 """The algorithms that the command line knows by name, each with what it needs and what its paper prices."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,11 +129,9 @@ ALGORITHMS: dict[str, Choice] = {
 
 
 def choose(name: str) -> Choice:
-    """The algorithm of this name; `ValueError` with a suggestion for an unknown one."""
+    """The algorithm of this name; `ValueError` for an unknown one."""
     if name not in ALGORITHMS:
-        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}.{hint}")
+        raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}.")
     return ALGORITHMS[name]
 
 

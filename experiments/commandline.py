@@ -1,15 +1,25 @@
-"""What the commands share: options from a dataclass, expected errors in one line, an exit code."""
+"""What the commands share: options from a dataclass, expected errors in one line, an exit code.
 
+Nothing here loads JAX before the options are read: a usage error or `--help` must not wait for it.
+"""
+
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from .compilation_cache import keep_compiled_programs
-from .xla_flags import faster_convolutions
-
 C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a command needs that draws the report of a run again."""
+
+    directory: tyro.conf.Positional[Path]
+    """The --out folder of a finished run."""
 
 
 def execute(
@@ -18,16 +28,18 @@ def execute(
     description: str | None,
     module: str,
     args: Sequence[str] | None,
-    default: C | None = None,
+    defaults: Callable[[C], C | None] = lambda parsed: None,
 ) -> int:
     """Parse `args` (default: those of the process) as `config` and run it; 0, or 1 after an error that the settings explain.
 
-    `default` has the values of options that are not given (default: those of the class).
+    A usage error is tyro's: it ends the process with 2. `defaults` may give, for what has been parsed, the values of options that
+    are not given (default: those of the class); `args` are then parsed again. `run` should import what it needs when it is called.
     """
-    options: Any = {} if default is None else {"default": default}
-    parsed = tyro.cli(config, args=args, description=description, prog=f"python -m {module}", **options)
-    faster_convolutions()
-    keep_compiled_programs()
+    prog = f"python -m {module}"
+    parsed = tyro.cli(config, args=args, description=description, prog=prog)
+    if (default := defaults(parsed)) is not None:
+        parsed = tyro.cli(config, args=args, description=description, prog=prog, default=default)
+    _prepare_jax()
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:
@@ -36,8 +48,21 @@ def execute(
     return 0
 
 
+def _prepare_jax() -> None:
+    """Settings that JAX must have before it first uses a device."""
+    from .tpu_library import quiet_without_tpu
+
+    quiet_without_tpu()  # before anything else loads JAX
+
+    from .compilation_cache import keep_compiled_programs
+    from .xla_flags import faster_convolutions
+
+    faster_convolutions()
+    keep_compiled_programs()
+
+
 def require_known(name: str, chosen: Iterable[str], known: Iterable[str]) -> None:
-    """`ValueError` for the first name of a setting that is not known."""
+    """`ValueError` for the first name of a setting that is not known; for settings that do not come from a command line."""
     known = tuple(known)
     for value in chosen:
         if value not in known:

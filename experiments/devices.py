@@ -1,9 +1,10 @@
 """The options of the commands that say which devices share a run."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from ctrl_diffusion.parallel import Layout
-from ctrl_diffusion.runs import start_devices
+if TYPE_CHECKING:
+    from ctrl_diffusion.parallel import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Devices:
     process: int | None = None
     """Number of this process, from 0."""
 
-    def start(self) -> Layout:
+    def start(self) -> "Layout":
         """Join the other processes, if so asked, and lay out a mesh. Call it before anything else."""
+        from ctrl_diffusion.runs import start_devices  # not before options are read: it loads JAX
+
         return start_devices(
             self.count, self.fsdp, distributed=self.distributed, coordinator=self.coordinator, processes=self.processes,
             process=self.process,

@@ -15,8 +15,9 @@ from scipy import stats
 import ctrl_diffusion as cd
 from ctrl_diffusion.runs import Evaluator
 from experiments.discretization import experiment as discretization
+from experiments.discretization.__main__ import main
 from experiments.discretization.cells import Samplers
-from experiments.discretization.config import resolve
+from experiments.discretization.checks import resolve
 from experiments.discretization.figures import best_rewards
 from experiments.discretization.summary import METHODS, summarise, table, verdict
 from experiments.distances import distances, energy_distance, make_target, noise_floor
@@ -154,10 +155,10 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, name):
 def test_the_command_line(tmp_path):
     errors, printed = io.StringIO(), io.StringIO()
     with redirect_stderr(errors):
-        assert discretization.main(["--out", str(tmp_path / "run"), "--digit", "11"]) == 1
+        assert main(["--out", str(tmp_path / "run"), "--digit", "11"]) == 1
     assert errors.getvalue() == "error: digit=11 must be from 0 to 9.\n"
     with redirect_stdout(printed), pytest.raises(SystemExit):
-        discretization.main(["--help"])
+        main(["--help"])
     for field in dataclasses.fields(discretization.Config):
         assert f"--{field.name.replace('_', '-')}" in printed.getvalue()
 

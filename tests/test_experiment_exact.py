@@ -20,6 +20,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import power
 from experiments.algorithm_registry import ALGORITHMS, Settings, choose
 from experiments.exact import experiment as leaderboard
+from experiments.exact.__main__ import main
 from experiments.exact.report import overview
 from experiments.exact.setup import DIFFUSION, PROBLEMS, setup
 from experiments.exact.units import (
@@ -82,9 +83,7 @@ def test_what_does_not_apply_has_a_reason():
         leaderboard.units(leaderboard.Config(algorithms=("sqdf",), problems=("linear_ou",)))
     with pytest.raises(ValueError, match="algorithms: 'ppo' is not one of"):
         leaderboard.units(leaderboard.Config(algorithms=("ppo",)))
-    with pytest.raises(ValueError, match="quick=True and full=True"):
-        leaderboard.units(leaderboard.Config(quick=True, full=True))
-    with pytest.raises(ValueError, match="algorithm='vrad' is not one of .* Did you mean 'vard'"):
+    with pytest.raises(ValueError, match="algorithm='vrad' is not one of score_as_action"):
         choose("vrad")
 
 
@@ -92,7 +91,7 @@ def test_what_does_not_apply_has_a_reason():
 def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
     args = ["--out", str(tmp_path / "run"), "--problems", "linear_ou", "--iterations", "2", "--workers", "1"]
     args += ["--algorithms", "adjoint_matching_bootstrapped", "log_variance"]
-    assert leaderboard.main(args) == 0
+    assert main(args) == 0
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
     assert {r["algorithm"] for r in results} == {"log_variance", "adjoint_matching_bootstrapped"} and len(results) == 2
     for result in results:
@@ -109,15 +108,15 @@ def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
     (tmp_path / "run" / "units" / "log_variance-linear_ou-0.json").unlink()
     kept = tmp_path / "run" / "units" / "adjoint_matching_bootstrapped-linear_ou-0.json"
     before = kept.stat().st_mtime_ns
-    assert leaderboard.main(args) == 0
+    assert main(args) == 0
     assert kept.stat().st_mtime_ns == before
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
     for a, b in zip(results, again):
         assert {k: v for k, v in a.items() if k != "wall_seconds"} == {k: v for k, v in b.items() if k != "wall_seconds"}
     capsys.readouterr()
-    assert leaderboard.main(args) == 0
+    assert main(args) == 0
     assert "finished" in capsys.readouterr().out
-    assert leaderboard.main([*args, "--seeds", "2"]) == 1
+    assert main([*args, "--seeds", "2"]) == 1
     assert "other settings" in capsys.readouterr().err
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.solver_cost import cost as solver_cost
+from experiments.solver_cost.__main__ import main as main_of_cost
 from experiments.solver_registry import ADAPTIVE, CASES, DIFFRAX_ODE, DIFFRAX_SDE, IMPLICIT, KINDS, OWN_SDE, SDE
 from experiments.solvers import experiment as solvers
+from experiments.solvers.__main__ import main
 
 KEYS = {"name", "kind", "declared_order", "measured_order", "ratio_to_scan"}
 
@@ -18,7 +20,7 @@ def test_one_solver_of_every_kind_and_a_finished_run(tmp_path, capsys):
     out = tmp_path / "solvers"
     args = ["--out", str(out), "--only", "ExponentialHeun", "Kvaerno3", "--samples", "2", "--repeats", "1"]
     args += ["--evaluations", "48", "96", "192", "--ratio-evaluations", "4", "--ratio-batch", "4"]
-    assert solvers.main(args) == 0
+    assert main(args) == 0
     rows = json.loads((out / "metrics.json").read_text())["solvers"]
     assert {row["kind"] for row in rows} == set(KINDS) and all(KEYS <= set(row) for row in rows)
     for row in rows:
@@ -31,16 +33,16 @@ def test_one_solver_of_every_kind_and_a_finished_run(tmp_path, capsys):
     assert (out / "solvers.png").read_bytes().startswith(b"\x89PNG")
     assert all(f"`{row['name']}`" in (out / "table.md").read_text() for row in rows)
     before = (out / "metrics.json").stat().st_mtime_ns
-    assert solvers.main(args) == 0
+    assert main(args) == 0
     assert "finished" in capsys.readouterr().out and (out / "metrics.json").stat().st_mtime_ns == before
-    assert solvers.main([*args, "--repeats", "2"]) == 1
+    assert main([*args, "--repeats", "2"]) == 1
     assert "other settings" in capsys.readouterr().err
 
 
 def test_errors_are_printed(tmp_path, capsys):
-    assert solvers.main(["--out", str(tmp_path / "a"), "--only", "Nobody"]) == 1
+    assert main(["--out", str(tmp_path / "a"), "--only", "Nobody"]) == 1
     assert "error: only=Nobody names no solver. There are: ExponentialEuler" in capsys.readouterr().err
-    assert solver_cost.main(["--repeats", "0"]) == 1
+    assert main_of_cost(["--repeats", "0"]) == 1
     assert "error: repeats=0" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
@@ -70,7 +72,7 @@ def test_the_scan_does_the_arithmetic_of_ancestral_sampling():
 def test_the_table_of_costs(tmp_path, capsys):
     args = ["--out", str(tmp_path / "cost"), "--only", "DPMSolverPP2M", "--evaluations", "4", "--batch", "4", "--no-memory"]
     args += ["--trivial-batch", "4", "--width", "8", "--depth", "1", "--repeats", "1"]
-    assert solver_cost.main(args) == 0
+    assert main_of_cost(args) == 0
     rows = json.loads((tmp_path / "cost" / "metrics.json").read_text())["solvers"]
     assert [row["kind"] for row in rows] == [SDE, "ODE"]
     assert rows[0]["forward"] > 0 and rows[0]["trivial"] > 0 and rows[0]["gradient"] > 0

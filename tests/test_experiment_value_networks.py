@@ -13,6 +13,7 @@ from ctrl_diffusion import exact
 from ctrl_diffusion.critics import MartingaleCritic, squared_error
 from ctrl_diffusion.rollout import Rollout, Transitions
 from experiments.value_networks import experiment as value_networks
+from experiments.value_networks.__main__ import main
 from experiments.value_networks.cases import PROBLEMS, continuations, log_mean_exp, noised_paths
 from experiments.value_networks.report import relative_errors
 from experiments.value_networks.variants import BY_NAME, PANELS, VARIANTS
@@ -215,7 +216,7 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     args = ["--out", str(out), "--problems", "ring_linear", "digits", "--variants", "optimum_soft", "x0_prediction"]
     args += ["--iterations", "6", "--paths", "256", "--states", "64", "--digit-states", "4", "--continuations", "16"]
     args += ["--pretrain-steps", "20"]
-    assert value_networks.main(args) == 0
+    assert main(args) == 0
     results = json.loads((out / "metrics.json").read_text())["results"]
     by_unit = {(r["problem"], r["variant"]): r for r in results}
     assert len(by_unit) == 3  # the optimum of the digits is not known
@@ -239,11 +240,11 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     stubs = {name: p._replace(make=lambda *_, name=name: made.append(name)) for name, p in PROBLEMS.items()}
     monkeypatch.setattr(value_networks, "PROBLEMS", stubs)
     monkeypatch.setattr(value_networks, "learn", lambda case, variant, budget, layout: again.append(variant.name) or result)
-    assert value_networks.main(args) == 0
+    assert main(args) == 0
     assert (made, again) == (["ring_linear"], ["x0_prediction"])
     assert json.loads((out / "metrics.json").read_text())["results"] == results
     capsys.readouterr()
-    assert value_networks.main(args) == 0
+    assert main(args) == 0
     assert "finished" in capsys.readouterr().out
-    assert value_networks.main([*args, "--seeds", "3"]) == 1
+    assert main([*args, "--seeds", "3"]) == 1
     assert "other settings" in capsys.readouterr().err

@@ -10,9 +10,12 @@ import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from experiments import data
 from experiments.algorithm_registry import ALGORITHMS, Settings, make_algorithm
-from experiments.digits.config import Config as Digits, check as check_digits
-from experiments.pod_plan.cases import Settings as Plan, digits_case, text_to_image_case
-from experiments.text_to_image.config import Config as TextToImage, check
+from experiments.digits.checks import check as check_digits
+from experiments.digits.config import Config as Digits
+from experiments.pod_plan.cases import digits_case, text_to_image_case
+from experiments.pod_plan.config import ExperimentOptions as Plan
+from experiments.text_to_image.checks import check
+from experiments.text_to_image.config import Config as TextToImage
 
 PROBLEM = exact.ring_linear()
 SAMPLER = cd.Sampler(PROBLEM.process, PROBLEM.reference_action, (2,), grid=PROBLEM.process.grid(4))

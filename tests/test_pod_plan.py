@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.pod_plan import chips as pod_plan_chips, plan as pod_plan
+from experiments.pod_plan.__main__ import main
 from experiments.pod_plan.chips import (
     CHIPS,
     ENVIRONMENT,
@@ -76,9 +77,9 @@ def test_usual_slices_double(name):
 
 def test_without_a_compiler_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(pod_plan_chips.importlib.util, "find_spec", lambda name: None)
-    assert pod_plan.main(["--topology", "v5e:2x2"]) == 1
+    assert main(["--topology", "v5e:2x2"]) == 1
     assert "libtpu is not installed" in (error := capsys.readouterr().err) and "'.[experiments,tpu]'" in error
-    assert pod_plan.main(["--topology", "h100:1"]) == 1
+    assert main(["--topology", "h100:1"]) == 1
     assert "jax_cuda12_plugin is not installed" in (error := capsys.readouterr().err) and "'jax[cuda12]'" in error
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert any(text.startswith("jax[tpu]") for text in extras["tpu"])
@@ -152,16 +153,16 @@ def test_an_interrupted_plan_keeps_what_is_finished(tmp_path, monkeypatch):
     args = ["--topology", "v5e:4x4", "--batch", "512", "--compiles", "0", "--out", str(tmp_path / "plan")]
     args += ["--slices", "v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8"]
     with pytest.raises(KeyboardInterrupt):
-        pod_plan.main(args)
+        main(args)
     assert compiled == ["v5e:4x4", "v5e:2x2", "v5e:4x8"]
-    assert pod_plan.main(args) == 0
+    assert main(args) == 0
     assert compiled == ["v5e:4x4", "v5e:2x2", "v5e:4x8", "v5e:4x8", "v5e:8x8"]
     metrics = json.loads((tmp_path / "plan" / "metrics.json").read_text())
     weak = metrics["weak_scaling"]
     assert [(row["chips"], row["batch"]) for row in weak] == [(4, 128), (16, 512), (32, 1024), (64, 2048)]
     assert [row["efficiency"] for row in weak] == pytest.approx([1.0625 / (1 + row["chips"] / 64) for row in weak])
     assert (tmp_path / "plan" / "pod_plan.png").read_bytes()[:4] == b"\x89PNG"
-    assert pod_plan.main([*args, "--fsdp", "2"]) == 1  # in the same folder
+    assert main([*args, "--fsdp", "2"]) == 1  # in the same folder
 
 
 # --- the real programs

@@ -13,9 +13,10 @@ from PIL import Image
 
 from ctrl_diffusion.runs.files import write_arrays, write_atomic
 from ctrl_diffusion.runs.images import mosaic
-from experiments.digits.report import main, write_report
+from experiments.digits.report import write_report
 from experiments.digits.results import load_run, number
 from experiments.figures import series
+from experiments.report import main
 
 CONFIG = {"reward": "digit", "digit": 3, "kl_weight": 0.5, "eta": 1.0, "steps": 4, "iterations": 3, "kl_budget": None}
 METRICS = {
@@ -223,17 +224,15 @@ def test_a_missing_or_damaged_file_is_named(directory, name, capsys):
     (directory / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         write_report(directory)
-    with pytest.raises(SystemExit) as stop:
-        main([str(directory)])
-    assert stop.value.code == 2 and f"holds no {name}" in capsys.readouterr().err
+    assert main([str(directory)]) == 1
+    assert f"holds no {name}" in capsys.readouterr().err
     assert not (directory / "report.html").exists()
 
 
 def test_the_command_line(directory, quick, capsys):
-    main([str(directory)])
+    assert main([str(directory)]) == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
-    with pytest.raises(SystemExit):
-        main([str(directory / "nowhere")])
+    assert main([str(directory / "nowhere")]) == 1
     assert "is not a folder" in capsys.readouterr().err
 
 

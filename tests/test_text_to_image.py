@@ -20,8 +20,10 @@ from ctrl_diffusion.parallel import ONE_DEVICE
 from experiments.algorithm_registry import ALGORITHMS
 from experiments.pod_plan.text_to_image import abstract_parts, planned_config, text_to_image_programs
 from experiments.random_model.writer import Config as RandomModel, write_random_model
-from experiments.text_to_image.config import Config, check, digest_of_prompts, price, read_prompts
-from experiments.text_to_image.experiment import main, prompt_diversity, run
+from experiments.text_to_image.__main__ import main
+from experiments.text_to_image.checks import check, digest_of_prompts, price, read_prompts
+from experiments.text_to_image.config import Config
+from experiments.text_to_image.experiment import prompt_diversity, run
 from experiments.text_to_image.parts import (
     latent_shape,
     load_parts,
@@ -33,7 +35,7 @@ from experiments.text_to_image.parts import (
     suited_attention,
 )
 from experiments.text_to_image.report import MEANINGS
-from experiments.text_to_image.settings import PUBLISHED, chosen_settings
+from experiments.text_to_image.settings import PUBLISHED
 
 SMALL = dict(
     steps=4, batch=4, samples_per_prompt=2, iterations=2, minibatches=2, evaluation_samples=4, evaluate_every=1,
@@ -300,7 +302,7 @@ def test_diversity_within_prompts():
     ("settings", "message"),
     [
         (dict(reward=("nice",)), "'nice' is not one of jpeg_compressibility"),
-        (dict(algorithm="dpo"), "Did you mean 'dpok'"),
+        (dict(algorithm="dpo"), "algorithm='dpo' is not one of score_as_action"),
         (dict(reward=("brightness",), reward_weights=(1.0, 2.0)), "one for each of reward"),
         (dict(reward=("a:b",), kl_weight=None), "has no default price"),
         (dict(batch=6, samples_per_prompt=4), "must be a multiple of samples_per_prompt=4"),
@@ -346,8 +348,7 @@ def test_prompts_from_files(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_are_valid(name):
-    config, rest = chosen_settings(["--settings", name, "--batch", "8"])
-    assert rest == ["--batch", "8"] and config == PUBLISHED[name].config
+    config = PUBLISHED[name].config
     check(config)
     assert price(config) >= 0 and config.batch % config.rollouts == 0
     per_path = config.steps if config.times is None else config.times
@@ -355,8 +356,3 @@ def test_published_settings_are_valid(name):
     assert config.batch * per_path % (config.minibatches * config.accumulation * devices) == 0
     assert config.batch % (config.rollouts * devices) == 0
     assert PUBLISHED[name].link.startswith("https://arxiv.org/abs/")
-
-
-def test_unknown_settings():
-    with pytest.raises(SystemExit, match="Did you mean 'sqdf'"):
-        chosen_settings(["--settings", "sqfd"])

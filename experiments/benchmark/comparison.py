@@ -1,15 +1,5 @@
-"""Speed of this library against a hand-written `lax.scan` and against PyTorch with diffusers, on the same U-Net, interleaved in one run.
+"""The benchmark of the U-Net: this library, a hand-written scan and PyTorch; checked, timed in turn and compared."""
 
-    python -m experiments.benchmark --out runs/benchmark
-
-A rollout samples a batch of paths and records them; an update is one policy step of clipped likelihood ratios on a minibatch of
-their rows. All sides have the same weights, grid and noise, and are held to the same samples, loss and gradient before anything is timed
-(`experiments.benchmark.check`). PyTorch needs the extra `prepared`; what cannot be measured here is left out, and `metrics.json` says why.
-
-The figures to read are the medians over rounds of the ratios of times within a round: on a shared machine single times mean little.
-"""
-
-import dataclasses
 import json
 import os
 import statistics
@@ -27,9 +17,10 @@ from flax import nnx
 from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.stable_diffusion import save_network
 
-from ..commandline import execute, require_at_least
+from ..commandline import require_at_least
 from ..timing import interleaved
 from .check import QUICK, check, exact
+from .config import Config as Config
 from .figure import write_figure
 from .floor import floor, large_product, operations
 from .gradient import memory, update_of_whole_chain
@@ -53,40 +44,6 @@ OURS, SCAN, EAGER, COMPILED = "this library", "lax.scan by hand", "PyTorch", "Py
 TARGETS = {
     "rollout_ratio_to_scan": 1.05, "update_ratio_to_scan": 1.05, "rollout_speedup_over_torch": 1.5, "update_speedup_over_torch": 1.5,
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the benchmark."""
-
-    out: Path | None = None
-    """Folder for `metrics.json` and `benchmark.png` (default: print only)."""
-    batch: int = 64
-    """Paths per rollout (that of `experiments.digits` is 512, which takes seconds on a CPU)."""
-    steps: int = 24
-    """Control intervals, those of `experiments.digits`."""
-    minibatches: int = 8
-    """Updates per pass, as in `experiments.digits`: one has batch * steps / minibatches rows."""
-    channels: tuple[int, ...] = (32, 64)
-    """Channels of the U-Net, finest resolution first; multiples of 8."""
-    scan_minibatches: bool = False
-    """Make the library's pass over the minibatches one program, and report the time of one update in it."""
-    repeats: int = 15
-    """Timed rounds, after two to warm up; a round calls every side once."""
-    pause: float = 0.02
-    """Seconds between two calls, for threads that spin after their work to fall asleep."""
-    torch: bool = True
-    """Measure PyTorch."""
-    compiled: bool = True
-    """Measure compiled PyTorch, too (it takes minutes to compile on a CPU)."""
-    tf32: bool = False
-    """Let all sides round float32 products to TF32 on GPUs; samples are then compared at lower precision, before."""
-    gradient: bool = True
-    """Also measure the gradient through the whole chain in small memory against the fast one."""
-    gradient_steps: int = 100
-    """Steps of that chain, of the network of `experiments.digits`."""
-    gradient_batch: int = 64
-    """Its batch."""
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -321,8 +278,3 @@ def summary(metrics: dict[str, Any], targets: Mapping[str, float] = TARGETS) -> 
             f"gradient in small memory / fast: {metrics['gradient_small_over_fast_seconds']:.3f} of the time (target at most 2)"
         )
     return "\n".join(lines)
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(lambda config: print(summary(run(config))), Config, __doc__, "experiments.benchmark", args)

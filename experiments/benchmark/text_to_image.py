@@ -1,18 +1,10 @@
-"""Speed of sampling Stable Diffusion: this library, a hand-written `lax.scan`, and PyTorch with diffusers, interleaved in one run.
-
-    python -m experiments.benchmark_text_to_image --out runs/benchmark_tiny
-    python -m experiments.benchmark_text_to_image --model stable-diffusion-v1-5 --steps 2 --repeats 5 --out runs/benchmark_sd15
-
-All sides have the UNet of the folder, classifier-free guidance with both branches in one batch, the same timesteps and the same noise,
-and are held to the same latents before anything is timed. PyTorch needs the extra `prepared`. `python -m experiments.random_model` writes a
-folder with random weights. The figures to read are the medians over rounds of the ratios of times within a round.
-"""
+"""The benchmark of sampling Stable Diffusion: this library, a hand-written scan and PyTorch, checked, timed in turn and compared."""
 
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,48 +18,21 @@ from ctrl_diffusion.runs import ProgressBar
 from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.solvers import standard_normal
 
-from ..commandline import execute, require_at_least
-from ..random_model.writer import Config as RandomModel, write_random_model
+from ..commandline import require_at_least
+from ..random_model.config import TINY, Config as RandomModel
+from ..random_model.writer import write_random_model
 from ..text_to_image.parts import make_attention, suited_attention
 from ..timing import interleaved
 from .comparison import COMPILED, EAGER, OURS, SCAN, Side, compared, rows_of, summary, torch_module
+from .config import TextToImageConfig as Config
 from .figure import write_figure
 from .floor import floor, large_product, operations
 
-TINY = "tiny-random"
 KINDS = ("rollout",)
 TARGETS = {"rollout_ratio_to_scan": 1.05, "rollout_speedup_over_torch": 1.0}
 ROUNDING = {"float32": 1e-5, "bfloat16": 3e-2}
 """Errors of a UNet's output, over its standard deviation; those of float32 are what the tests of the UNet allow."""
 MARGIN = 4  # two sides that are rounded, twice each: the network, and the arithmetic around it
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of the benchmark."""
-
-    out: Path | None = None
-    """Folder for `metrics.json` and `benchmark.png` (default: print only)."""
-    model: str = TINY
-    """Folder of Stable Diffusion in diffusers' layout; tiny-random makes one."""
-    batch: int = 4
-    """Images at once."""
-    steps: int = 10
-    """Timesteps."""
-    guidance: float = 7.5
-    """Classifier-free guidance; each image takes two evaluations of the UNet a step."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the UNet; latents are float32."""
-    attention: Literal["by-head", "xla", "cudnn"] | None = None
-    """What computes attention in JAX (default: what suits the device)."""
-    repeats: int = 9
-    """Timed rounds, after two to warm up; a round calls every side once."""
-    pause: float = 0.02
-    """Seconds between two calls, for threads that spin after their work to fall asleep."""
-    torch: bool = True
-    """Measure PyTorch."""
-    compiled: bool = True
-    """Measure compiled PyTorch, too."""
 
 
 class Chain(NamedTuple):
@@ -252,8 +217,3 @@ def in_words(metrics: dict[str, Any]) -> str:
     """A line per side, a line per target, and what the network takes."""
     share = f"the UNet alone takes {metrics['network_share']:.3f} of this library's time"
     return f"{summary(metrics, TARGETS)}\n{share}"
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(lambda config: print(in_words(run(config))), Config, __doc__, "experiments.benchmark_text_to_image", args)

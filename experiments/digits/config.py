@@ -1,19 +1,11 @@
-"""Settings of `experiments.digits`, what is refused before anything is written, and what tells runs apart."""
+"""Settings of `experiments.digits`, and what tells runs apart."""
 
 import dataclasses
-import difflib
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from ctrl_diffusion.rewards import as_reward
-
-from .. import data as datasets
-from ..algorithm_registry import choose
 from ..devices import Devices
-from ..reward_registry import OF_DIGITS
+from ..names import AlgorithmName, DigitsReward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +14,12 @@ class Config:
 
     out: Path = Path("runs/digits")
     """Folder for models, logs, figures and the report."""
-    reward: str = "digit"
+    reward: DigitsReward = "digit"
     """What to fine-tune for: digit (log-probability of one digit under a frozen classifier, nats), ink (inked pixels),
     holes (count; black box), bytes (minus compressed size; black box)."""
     digit: int = 3
     """Which digit the reward "digit" asks for, 0 to 9."""
-    algorithm: str = "score_as_action"
+    algorithm: AlgorithmName = "score_as_action"
     """How to fine-tune: score_as_action (PPO), score_as_action_trpo, score_as_action_published, ddpo, dpok, flow_grpo, vard,
     soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, nabla_db, path_consistency."""
     kl_weight: float | None = None
@@ -106,52 +98,3 @@ class Config:
 
 NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "wandb")
 """Settings that may change when a run is continued."""
-
-
-def check(config: Config, reward, images: datasets.Images) -> float:
-    """Refuse settings that cannot work, by name, before anything is written; returns the price."""
-    if reward is None and config.reward not in OF_DIGITS:
-        close = difflib.get_close_matches(config.reward, OF_DIGITS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"reward={config.reward!r} is not one of {', '.join(OF_DIGITS)}.{hint}")
-    if reward is None and config.reward == "digit" and images.y is None:
-        raise ValueError('reward="digit" needs labelled data: choose ink, holes or bytes, or pass reward=...')
-    if not 0 <= config.digit <= 9:
-        raise ValueError(f"digit={config.digit} must be from 0 to 9.")
-    if config.kl_weight is not None and not config.kl_weight >= 0:
-        raise ValueError(
-            f"kl_weight={config.kl_weight} must not be negative: it is the temperature, the price of a nat of path KL."
-        )
-    if config.kl_budget is not None and not config.kl_budget > 0:
-        raise ValueError(f"kl_budget={config.kl_budget} must be positive: it is the path KL, in nats, that stops the run.")
-    for name in ("steps", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "evaluate_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    for name in ("exploration_strength", "exploration_substeps"):
-        if config.exploration != "action" and getattr(config, name) is not None:
-            raise ValueError(f"{name}={getattr(config, name)} is of action noise: pass --exploration action, or leave it out.")
-    if config.reference_samples < 2 or config.evaluation_samples < 8:
-        raise ValueError(
-            "reference_samples and evaluation_samples must be at least 2 and 8: standard errors need several samples."
-        )
-    choice = choose(config.algorithm)
-    if config.kl_weight is None:
-        if not choice.penalised:
-            return 0.0
-        if reward is not None:
-            raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
-        return OF_DIGITS[config.reward].kl_weight
-    return config.kl_weight
-
-
-def identifying(config: Config, kl_weight: float, reward, data, network) -> dict[str, Any]:
-    """What identifies a run, as JSON."""
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in NOT_IDENTIFYING} | {
-        "kl_weight": kl_weight
-    }
-    if reward is not None:
-        settings["reward"] = f"custom: {as_reward(reward).name}"
-    if data is not None:
-        settings["data"] = f"custom: {np.shape(data)}"
-    settings["network"] = type(network).__name__
-    return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in settings.items()}

@@ -1,11 +1,4 @@
-"""Pre-train a small diffusion model on real handwritten digits, fine-tune it for a reward, and report what happened.
-
-    python -m experiments.digits --out runs/digits
-
-The network is unconditional on purpose: a class-conditional model could satisfy the default reward without any fine-tuning.
-The exact optimum is known by reweighting reference samples, so the run ends with an optimality gap, not only a reward.
-Running the same command again resumes the run, or says that it is finished.
-"""
+"""The experiment of the digits: pre-training, the optimum, fine-tuning, evaluation and a report."""
 
 import resource
 import sys
@@ -44,15 +37,10 @@ from ctrl_diffusion.runs.files import write_arrays
 from .. import data as datasets
 from ..algorithm_registry import Settings, choose, make_algorithm, require_gradient, value_for
 from ..classifier import LogProbabilities, train_classifier
-from ..commandline import execute
 from ..reward_registry import OF_DIGITS, Settings as RewardSettings
-from .config import Config as Config, check, identifying
+from .checks import check, identifying
+from .config import Config as Config
 from .report import write_report
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(run, Config, __doc__, "experiments.digits", args)
 
 
 def run(

@@ -6,7 +6,6 @@ reads `config.json`, `metrics.json`, `history.jsonl` and `samples.npz` and write
 `report.html` beside them.
 """
 
-import argparse
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -114,16 +113,3 @@ def _page(run: Run, grids: Sequence[Panel], curves: Sequence[Panel], classes: Pa
         f"<p>Draw this report again:</p>\n<pre><code>{redraw}</code></pre>"
     )
     return page(title, parts)
-
-
-def main(args: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description="Draw the report of a finished run again."
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --out folder of a finished run")
-    directory = parser.parse_args(args).directory
-    try:
-        print(write_report(directory))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))

@@ -1,10 +1,10 @@
-"""Settings of `experiments.discretization`, and what is refused among them."""
+"""Settings of `experiments.discretization`, and what tells runs apart."""
 
 import dataclasses
 from pathlib import Path
 
 from ..devices import Devices
-from ..solver_registry import as_choices
+from ..names import GaussianSolver, SolverName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Config:
     """Number of seeds (default 2, with --full 5)."""
     iterations: int | None = None
     """Fine-tuning iterations of every method (default 40, with --full 90)."""
-    solvers: tuple[str, ...] = (
+    solvers: tuple[SolverName, ...] = (
         "ExponentialEuler", "DDIM", "Euler", "DPMSolverPP2M", "DPMSolverPP3M", "UniPC", "ERSDE", "DPMSolver2S", "Heun",
     )  # fmt: skip
     """Solvers to evaluate with; also ExponentialAdamsBashforth and ExponentialHeun."""
@@ -27,7 +27,7 @@ class Config:
     """Numbers of steps to evaluate with."""
     etas: tuple[float, ...] = (0.0, 0.5, 1.0)
     """Noise levels to evaluate with: 0 is the probability-flow ODE, 1 the reverse SDE."""
-    train_solver: str = "ExponentialEuler"
+    train_solver: GaussianSolver = "ExponentialEuler"
     """Solver to fine-tune with; one with a Gaussian transition (ExponentialEuler, DDIM, Euler)."""
     train_steps: int = 24
     """Steps to fine-tune with; among --steps."""
@@ -75,38 +75,3 @@ class Config:
 
 NOT_IDENTIFYING = ("out", "use_previous_checkpoint", "devices")
 """Settings that may change when a run is continued."""
-
-
-def filled(value: int | None) -> int:
-    """A setting that `resolve` has filled in."""
-    assert value is not None
-    return value
-
-
-def resolve(config: Config) -> Config:
-    """Fill in what depends on --full; refuse what cannot work, by name, before anything is written."""
-    defaults = {"seeds": 5, "iterations": 90, "samples": 512} if config.full else {"seeds": 2, "iterations": 40, "samples": 256}
-    config = dataclasses.replace(config, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
-    choices = as_choices((*config.solvers, config.train_solver))
-    for name in ("solver", "steps", "eta"):
-        found, among = getattr(config, f"train_{name}"), getattr(config, name if name == "steps" else f"{name}s")
-        if found not in among:
-            raise ValueError(f"train_{name}={found!r} is not evaluated: choose it among {among}, or add it there.")
-    if not choices[config.train_solver].gaussian or not config.train_eta > 0:
-        raise ValueError(
-            f"train_solver={config.train_solver!r} at train_eta={config.train_eta:g} has no likelihood: fine-tune with "
-            "ExponentialEuler, DDIM or Euler, at train_eta > 0."
-        )
-    if not config.kl_weight > 0:
-        raise ValueError(f"kl_weight={config.kl_weight} must be positive: the law to compare with is reweighted by it.")
-    if not 0 <= config.digit <= 9:
-        raise ValueError(f"digit={config.digit} must be from 0 to 9.")
-    for name in ("seeds", "iterations", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "optimum_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    for name in ("samples", "reference_samples", "optimum_samples"):
-        if getattr(config, name) < 8:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 8: standard errors need several samples.")
-    if len(set(config.steps)) < 2:
-        raise ValueError(f"steps={config.steps} must hold another number than train_steps, or nothing is compared.")
-    return config

@@ -1,10 +1,4 @@
-"""Does what was learned with one discretisation hold with another? Fine-tune at one (solver, steps, eta), evaluate at all.
-
-    python -m experiments.discretization --out runs/discretization
-
-Score as Action and DDPO, with and without a price of the path KL, get the same paths, updates, network and optimiser. Every policy
-is then sampled with every solver, number of steps and noise level. Running the same command again resumes the run.
-"""
+"""The experiment of discretisation: policies of every seed, evaluated in every cell of solver, number of steps and noise level."""
 
 import dataclasses
 import functools
@@ -40,12 +34,12 @@ from ctrl_diffusion.runs.files import write_arrays, write_atomic
 
 from .. import data as datasets
 from ..classifier import train_classifier
-from ..commandline import execute
 from ..distances import Target, energy_distance, make_target, noise_floor
 from ..reward_registry import OF_DIGITS, Settings
 from ..solver_registry import as_choices
 from .cells import Samplers, bandwidth_of, collect
-from .config import NOT_IDENTIFYING, Config as Config, filled, resolve
+from .checks import filled, resolve
+from .config import NOT_IDENTIFYING, Config as Config
 from .figures import write_figures
 from .summary import METHODS, NAMES, PRICED, summarise, table, verdict
 
@@ -59,11 +53,6 @@ class Policies(NamedTuple):
     floor: float
     chain_rewards: np.ndarray
     seconds: dict[str, float]
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(run, Config, __doc__, "experiments.discretization", args)
 
 
 def run(config: Config) -> dict[str, Any]:

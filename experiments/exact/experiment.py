@@ -1,11 +1,4 @@
-"""Every algorithm on problems whose optimum is known: how far each ends from it, and what it costs to get there.
-
-    python -m experiments.exact --out runs/exact            every algorithm on the ring, two on each other problem
-    python -m experiments.exact --quick --out runs/quick    four algorithms on the ring
-    python -m experiments.exact --full --out runs/full      everything that applies, three seeds
-
-Budgets are fixed beforehand and stated in evaluations. A run that was stopped continues with the same command.
-"""
+"""The leaderboard: which units there are, and how they are solved, in several processes where that helps."""
 
 import concurrent.futures
 import contextlib
@@ -17,7 +10,6 @@ import queue
 import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,38 +17,14 @@ import jax
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is_first
 
-from ..commandline import execute, require_at_least, require_known
-from ..devices import Devices
+from ..commandline import require_at_least, require_known
+from .config import Config as Config
 from .report import write_report
 from .setup import PROBLEMS
 from .units import ENTRIES, Budget, budget_for, solve, why_not
 
 QUICK = ("score_as_action", "dpok", "adjoint_matching", "log_variance")
 EVERYWHERE = ("adjoint_matching_bootstrapped", "log_variance")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Which units to run. A unit is one algorithm on one problem with one seed."""
-
-    out: Path = Path("runs/exact")
-    """Folder for results, table and figures."""
-    quick: bool = False
-    """Four algorithms on the ring, with a twelfth of the iterations."""
-    full: bool = False
-    """Every algorithm on every problem that it applies to, three seeds."""
-    algorithms: tuple[str, ...] = ()
-    """Only these algorithms (default: all of the selection)."""
-    problems: tuple[str, ...] = ()
-    """Only these problems (default: all of the selection)."""
-    seeds: int | None = None
-    """Number of seeds (default 1, with --full 3)."""
-    iterations: int | None = None
-    """Iterations of every unit (default: each algorithm's own budget)."""
-    workers: int | None = None
-    """Units that run at the same time, each in a process of its own (default: 2 on one CPU device, else 1)."""
-    devices: Devices = Devices()
-    """Devices that share a unit."""
 
 
 class Unit(NamedTuple):
@@ -74,8 +42,6 @@ def units(config: Config) -> list[Unit]:
     """The units of a configuration, in the order of the table: the ring first."""
     require_known("algorithms", config.algorithms, ENTRIES)
     require_known("problems", config.problems, PROBLEMS)
-    if config.quick and config.full:
-        raise ValueError("quick=True and full=True: choose one.")
     require_at_least(1, seeds=config.seeds, workers=config.workers, iterations=config.iterations)
     seeds = (3 if config.full else 1) if config.seeds is None else config.seeds
     chosen = [
@@ -208,8 +174,3 @@ def _solve(unit: Unit, results: Results, layout: Layout = ONE_DEVICE) -> tuple[s
     result = solve(unit.algorithm, unit.problem, unit.seed, unit.budget, layout)
     results.keep(unit.name, result)
     return unit.name, result["relative_gap"]
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(run, Config, __doc__, "experiments.exact", args)

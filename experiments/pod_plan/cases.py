@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from ..classifier import Classifier
 from ..digits import experiment as digits
 from ..reward_registry import OF_DIGITS, Settings as RewardSettings
 from ..text_to_image.config import Config as TextToImage
+from .config import ExperimentOptions
 from .text_to_image import planned_config, text_to_image_programs
 
 
@@ -36,41 +37,9 @@ class Case(NamedTuple):
     intervals: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What an experiment is told; `None` is the experiment's own choice."""
-
-    algorithm: str | None = None
-    """How to fine-tune, by the names of experiments.digits."""
-    accumulation: int | None = None
-    """Parts that the rows of an update are worked through in."""
-    rollouts: int | None = None
-    """Parts that the paths of an iteration are sampled in (only text_to_image)."""
-    times: int | None = None
-    """Timesteps of every path that are trained on (only text_to_image)."""
-    attention: Literal["xla", "cudnn"] | None = None
-    """What computes attention (only text_to_image): cudnn for GPUs."""
-    attention_chunk: int | None = None
-    """Pixels that attend to all others at a time (only text_to_image)."""
-    stratified: bool = False
-    """Transitions stay on their chips: each group of consecutive ones is dealt out to the minibatches."""
-    steps: int | None = None
-    """Control intervals between noise and data."""
-    minibatches: int | None = None
-    """Updates per pass."""
-    epochs: int | None = None
-    """Passes over the paths of an iteration."""
-    width: int | None = None
-    """Features of the network."""
-    depth: int | None = None
-    """Blocks of the network."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """Of the network's matrix products (default: float32; text_to_image: bfloat16)."""
-
-
-def _given(settings: Settings, config: type[Any], experiment: str) -> dict[str, Any]:
+def _given(settings: ExperimentOptions, config: type[Any], experiment: str) -> dict[str, Any]:
     """The settings that are given, for an experiment's `config`; `ValueError` for the first one that it does not have."""
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExperimentOptions)}
     given = {name: value for name, value in given.items() if value not in (None, False)}
     known = {field.name for field in dataclasses.fields(config)}
     for name, value in given.items():
@@ -79,7 +48,7 @@ def _given(settings: Settings, config: type[Any], experiment: str) -> dict[str, 
     return given
 
 
-def digits_case(settings: Settings) -> Case:
+def digits_case(settings: ExperimentOptions) -> Case:
     """`experiments.digits` with its reward "digit"."""
     config = digits.Config(**_given(settings, digits.Config, "digits"))
     shape = (8, 8, 1)
@@ -100,12 +69,12 @@ def digits_case(settings: Settings) -> Case:
     return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps)
 
 
-def text_to_image_case(settings: Settings) -> Case:
+def text_to_image_case(settings: ExperimentOptions) -> Case:
     """`experiments.text_to_image`: LoRA of Stable Diffusion 1.5 at 512x512, for a reward on the host."""
     config = planned_config(_given(settings, TextToImage, "text_to_image"))
     algorithm, params, value_params = text_to_image_programs(config)
     return Case(algorithm, params, value_params, config.batch, config.steps)
 
 
-EXPERIMENTS: dict[str, Callable[[Settings], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}
+EXPERIMENTS: dict[str, Callable[[ExperimentOptions], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}
 """By name. Another experiment is another function here."""

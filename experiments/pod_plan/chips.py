@@ -11,20 +11,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from ..tpu_library import WITHOUT_TPU
 from .hlo import Account, Collective
 
 GIB = 2**30
 HOP_SECONDS = 1e-6
 """Assumed time from a chip to its neighbour: what a collective of a few bytes costs."""
 
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""What libtpu reads where there is no TPU: ask no metadata server; be one host of some slice, whichever; other processes of this
-machine may have it loaded too."""
+ENVIRONMENT = WITHOUT_TPU | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""What libtpu reads where there is no TPU; other processes of this machine may have it loaded too."""
 
 
 H100 = """

@@ -1,13 +1,4 @@
-"""What a run would need on a slice of a TPU pod or on GPUs, from its real programs compiled ahead of time; neither is needed.
-
-    python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 3 --out runs/pod_plan
-
-Compiles every program of an iteration for the slice and reads off memory, matrix products, memory traffic and collectives of one
-chip, with loops counted in full; seeks the largest global batch that fits; and does the same for slices of 4 to 256 chips at the same
-batch per chip. Times are those of a roofline: what the chip and its links allow at best, collectives after all else. Rewards, which are
-judged between the programs, are not in them. Without `--stratified` the rows of each minibatch cross the slice, which takes longer the
-larger it is. `--out` gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
-"""
+"""Compiles the programs of an iteration for a slice, and adds up what they take: rows of the plan, the largest batch, weak scaling."""
 
 import contextlib
 import dataclasses
@@ -17,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -27,35 +18,14 @@ from ctrl_diffusion.algorithms.programs import state_axes
 from ctrl_diffusion.parallel import PARAMETERS, Layout, make_mesh
 from ctrl_diffusion.runs.files import write_atomic
 
-from ..commandline import execute, require_at_least, require_known
-from .cases import EXPERIMENTS, Case, Settings
+from ..commandline import require_at_least, require_known
+from .cases import EXPERIMENTS, Case
 from .chips import COMPILERS, HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
+from .config import Config as Config
 from .hlo import account, by_kind
 from .report import table, write_figure
 
 PER_PART = ("sample", "annotate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Settings):
-    """What is planned for. Options without a default are the experiment's own."""
-
-    topology: str = "v5e:4x4"
-    """Generation and sides of the slice: v4, v5p (three sides), v5e, v6e (two sides), as v5e:16x16 or v5p:4x4x8; or GPUs, as h100:8."""
-    experiment: str = "digits"
-    """Which experiment: digits, or text_to_image (LoRA of Stable Diffusion 1.5)."""
-    out: Path | None = None
-    """Folder for `metrics.json`, `table.md` and `pod_plan.png` (default: print only)."""
-    slices: tuple[str, ...] | None = None
-    """Slices for weak scaling, as v5e:2x2 v5e:4x4 (default: 4, 8, ..., 256 chips; 1, 2, 4, 8 GPUs; none: the option alone)."""
-    compiles: int = 6
-    """How many batches to compile at most in search of the largest one that fits (0: no search)."""
-    batch: int | None = None
-    """Paths per iteration, of all chips together."""
-    fsdp: int = 1
-    """So many chips share one copy of the parameters and of the optimiser's state."""
-    effort: Literal["full", "low"] = "full"
-    """Low: XLA optimises less and saves no memory by recomputing, so that Stable Diffusion compiles for a TPU in minutes."""
 
 
 Row = dict[str, Any]
@@ -276,8 +246,3 @@ def _save(out: Path | None, metrics: dict[str, Any]) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(lambda config: print(table(run(config))), Config, __doc__, "experiments.pod_plan", args)

@@ -12,7 +12,8 @@ from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from ..random_model.writer import SIZES
-from ..text_to_image.config import Config, price, read_prompts
+from ..text_to_image.checks import price, read_prompts
+from ..text_to_image.config import Config
 from ..text_to_image.parts import Parts, make_algorithm, make_sampler, network_options
 
 

@@ -1,10 +1,4 @@
-"""Text-to-image models with random weights, in the real folder format: in miniature, which is what `--model tiny-random` stands for,
-and in the size of Stable Diffusion 1.5.
-
-    python -m experiments.random_model --size sd15 --out models/random-sd15
-
-Their images mean nothing; everything else is as with a real model, through the same code.
-"""
+"""Draws the weights of a Stable Diffusion, and writes them into the files of a real one."""
 
 import dataclasses
 import json
@@ -12,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +26,7 @@ from ctrl_diffusion.stable_diffusion import (
     save_folder,
 )
 
-from ..commandline import execute
+from .config import Config as Config
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -70,18 +64,6 @@ SIZES = {
     "tiny": Size(UNET, VAE_CONFIG, TEXT),
     "sd15": Size(UNetConfig(), VAEConfig(), CLIPTextConfig()),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Which model to write, and where."""
-
-    out: Path
-    """Folder to write; it is replaced as a whole."""
-    size: Literal["tiny", "sd15"] = "tiny"
-    """tiny: 8x8 latents, 32x32 images; sd15: 64x64 latents, 512x512 images, a billion parameters, 4.3 GB."""
-    seed: int = 0
-    """Seed of the weights."""
 
 
 def write_random_model(config: Config) -> None:
@@ -124,8 +106,3 @@ def _tokenizer(folder: Path):
     settings = special | {"model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder)
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(write_random_model, Config, __doc__, "experiments.random_model", args)

@@ -1,14 +1,4 @@
-"""What solvers cost beyond the network: each against a hand-written `lax.scan` with as many network calls and noise draws.
-
-    python -m experiments.solver_cost --out runs/solver_cost
-
-Every solver is measured with the network of `experiments.digits` and with a trivial one, forward and (network only) for
-gradients against scan + remat. The scan's step has the stages, the memory of past controls, the correction and the noise of the
-method, as anybody would write them with coefficients computed beforehand. A ratio that exceeds its target is followed by the ratio
-to a scan over the solver's own step, in brackets: what the library's loop adds, whatever the step does. The two sides of a pair run
-in turn; a ratio is the median over pairs. `--out` gets `metrics.json` and `table.md`, and a repeated run takes up where the last one
-stopped.
-"""
+"""Times and memory of a solver's solve and of the hand-written scan that it is compared with."""
 
 import dataclasses
 import functools
@@ -40,40 +30,14 @@ from ctrl_diffusion.solvers import (
     terms_for,
 )
 
-from ..commandline import execute
 from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from ..timing import interleaved
+from .config import Config as Config
 
 SCHEDULE = cd.VPCosine(tau_min=0.02)
 MEMORY_STEPS = (25, 100, 400)
 TARGETS = {"forward": 1.05, "trivial": 1.1, "gradient": 1.1}
 """Where nothing but the network and the noise should cost; for fixed grids and keyed noise."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the benchmark; the defaults are those of the requirement."""
-
-    out: Path | None = None
-    """Folder for `metrics.json` and `table.md` (default: print only)."""
-    only: tuple[str, ...] = ()
-    """Measure only solvers whose name contains one of these."""
-    kinds: tuple[str, ...] = ()
-    """Measure only solvers of these kinds: SDE (fixed grid and keyed noise), ODE, adaptive, implicit."""
-    evaluations: int = 24
-    """Network evaluations per solve; solvers of several stages make fewer steps."""
-    batch: int = 512
-    """Batch with the network of the digits."""
-    trivial_batch: int = 4096
-    """Batch with the trivial drift, of two-dimensional states."""
-    width: int = 256
-    """Features of the network."""
-    depth: int = 3
-    """Residual blocks of the network."""
-    repeats: int = 15
-    """Timed pairs, after two warm-up pairs; five times as many of the trivial drift (milliseconds), half as many of gradients."""
-    memory: bool = True
-    """Also compile gradients at 25, 100 and 400 evaluations, for the compiler's figure of their temporary memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -372,8 +336,3 @@ def run(config: Config) -> list[dict[str, Any]]:
                 write_atomic(path, json.dumps(dict(settings=settings, solvers=rows), indent=2) + "\n")
             bar.update(note=case.name)
     return rows
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(lambda config: print(table(run(config))), Config, __doc__, "experiments.solver_cost", args)

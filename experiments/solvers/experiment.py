@@ -1,15 +1,4 @@
-"""Error against network evaluations for every solver, on exact scores, and what each costs beyond the network.
-
-    python -m experiments.solvers --out runs/solvers
-
-ODE, adaptive and implicit solvers: root mean square error of the endpoint of the probability flow of a three-mode mixture and of
-Gaussian data, against a fine eighth-order solution and the closed form. SDE solvers: error of the mean plus that of the
-variance of the endpoint on Gaussian data, without Monte Carlo (the chain is affine). Adaptive steps on a Brownian tree: root mean
-square distance to a fine solution on the same path.
-
-The folder gets `metrics.json`, `table.md` and `solvers.png`. A repeated run takes up where the last one stopped, and says so where
-nothing is left to do. `ratio_to_scan` is measured by `experiments.solver_cost`, whose own command measures it with more repeats.
-"""
+"""Error of every solver against network evaluations, on problems with known answers."""
 
 import concurrent.futures
 import dataclasses
@@ -28,10 +17,10 @@ from ctrl_diffusion.runs import ProgressBar
 from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.solvers import brownian_tree, integrate, integrate_adaptive
 
-from ..commandline import execute
 from ..figures import png
 from ..solver_cost import cost as solver_cost
 from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
+from .config import Config as Config
 from .problems import (
     NO_ARGS,
     both_scores,
@@ -49,26 +38,6 @@ from .problems import (
 PAIR = 2  # solvers that are compiled, and whose errors are computed, at the same time
 FLOOR = 1e-11  # errors below are rounding: the reference's and the solver's
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What is measured; the defaults take a few minutes on two cores."""
-
-    out: Path
-    """Folder for `metrics.json`, `table.md` and `solvers.png`."""
-    only: tuple[str, ...] = ()
-    """Measure only solvers whose name contains one of these."""
-    evaluations: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768)
-    """Network evaluations per solve at which errors are measured."""
-    samples: int = 16
-    """Starts of each of the two ODE problems."""
-    ratio_evaluations: int = 12
-    """Network evaluations per timed solve."""
-    ratio_batch: int = 128
-    """Batch of the timed solves."""
-    repeats: int = 5
-    """Timed pairs for `ratio_to_scan`, after a warm-up pair."""
 
 
 def rms(error) -> float:
@@ -252,8 +221,3 @@ def run(config: Config) -> list[dict[str, Any]]:
     write_atomic(config.out / "table.md", table(rows))
     figure(rows, config.out / "solvers.png")
     return rows
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(lambda config: print(table(run(config))), Config, __doc__, "experiments.solvers", args)

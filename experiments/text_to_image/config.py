@@ -1,26 +1,29 @@
-"""Settings of `experiments.text_to_image`, and what is refused before anything is loaded or written."""
+"""Settings of `experiments.text_to_image`."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from ..algorithm_registry import check_options, choose
-from ..commandline import require_at_least, require_known
+from tyro.constructors import PrimitiveConstructorSpec
+
 from ..devices import Devices
-from ..reward_registry import OF_IMAGES
-from ..solver_registry import SOLVERS
+from ..names import AlgorithmName, ImageReward, SolverName
+from ..random_model.config import TINY
 
-TINY = "tiny-random"
+PaperName = Literal["score_as_action", "sqdf", "vard", "ddpo"]
+"""Of `experiments.text_to_image.settings.PUBLISHED`."""
 
-# the simple animals that compressibility and aesthetics have been fine-tuned on since DDPO (Black et al. 2024, section 6.1)
-ANIMALS = (
-    *("cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger"),
-    *("bear", "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin"),
-    *("squirrel", "mouse", "rat", "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly"),
-    *("llama", "camel", "bat", "gorilla", "hedgehog", "kangaroo"),
-)
+
+def _reward(words: list[str]) -> str:
+    """The name of a reward, or `module:function`; tyro explains the error."""
+    if ":" not in words[0] and words[0] not in get_args(ImageReward):
+        raise ValueError(words[0])
+    return words[0]
+
+
+RewardName = Annotated[
+    str, PrimitiveConstructorSpec(1, "NAME|MODULE:FUNCTION", _reward, lambda v: isinstance(v, str), lambda name: [name])
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Config:
     """File with one prompt per line (default: 45 animals)."""
     held_out_prompts: Path | None = None
     """File with prompts that are evaluated and not trained on (default: every fifth of `prompts`)."""
-    reward: tuple[str, ...] = ("jpeg_compressibility",)
+    reward: tuple[RewardName, ...] = ("jpeg_compressibility",)
     """What to fine-tune for: jpeg_compressibility, jpeg_incompressibility, brightness, aesthetic, clip, pickscore, hps, imagereward, or
     module:function of your own, called with images [b, h, w, 3] in [-1, 1] and a list of b prompts. Several are summed."""
     reward_weights: tuple[float, ...] = ()
     """Weights of several rewards (default: 1 each)."""
     reward_folder: Path = Path("rewards")
     """Where files of reward models lie, one folder for each: see docs/text_to_image.md."""
-    algorithm: str = "score_as_action"
+    algorithm: AlgorithmName = "score_as_action"
     """How to fine-tune: any algorithm of experiments.digits."""
     kl_weight: float | None = None
     """Temperature lambda: price of path KL in reward units per nat. Default: that of the first reward, and 0 for ddpo, draft, draft_1,
@@ -119,7 +122,7 @@ class Config:
     """Images of each evaluation, of the training prompts and of those held out: at least two of each, of as many prompts as that leaves."""
     evaluate_every: int = 10
     """Iterations between evaluations."""
-    evaluation_solvers: tuple[str, ...] = ("DPMSolverPP2M",)
+    evaluation_solvers: tuple[SolverName, ...] = ("DPMSolverPP2M",)
     """Solvers of the probability-flow ODE that the result is evaluated with at the end, at `steps`."""
     evaluation_steps: tuple[int, ...] = (10,)
     """Other numbers of timesteps that the result is evaluated at at the end."""
@@ -131,84 +134,3 @@ class Config:
     """If the newest checkpoint cannot be read, delete it and resume from the one before."""
     devices: Devices = Devices()
     """Devices that share the run."""
-
-
-def check(config: Config) -> None:
-    """Refuse settings that cannot work, by name."""
-    choose(config.algorithm)
-    check_options(config.algorithm, config)
-    if not config.reward:
-        raise ValueError("reward is empty: give at least one.")
-    require_known("reward", [name for name in config.reward if ":" not in name], OF_IMAGES)
-    require_known("evaluation_solvers", config.evaluation_solvers, SOLVERS)
-    if config.reward_weights and len(config.reward_weights) != len(config.reward):
-        raise ValueError(f"reward_weights={config.reward_weights} must be one for each of reward={config.reward}.")
-    if config.kl_weight is not None and not config.kl_weight >= 0:
-        raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the price of a nat of path KL.")
-    if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).penalised:
-        raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
-    if not config.eta > 0:
-        raise ValueError(
-            f"eta={config.eta} must be positive: without noise a policy does not explore, and its path KL is infinite."
-        )
-    if choose(config.algorithm).needs_several and config.samples_per_prompt < 2:
-        raise ValueError(
-            f"samples_per_prompt={config.samples_per_prompt} must be at least 2 for {config.algorithm}: it compares the images of "
-            "a prompt."
-        )
-    if config.attention == "cudnn" and config.precision != "bfloat16":
-        raise ValueError(f"attention='cudnn' takes bfloat16, not precision={config.precision!r}: pass --precision bfloat16.")
-    if config.evaluation_samples < 2:
-        raise ValueError(f"evaluation_samples={config.evaluation_samples} must be at least 2: standard errors need several.")
-    numbers = (
-        "steps",
-        "lora_rank",
-        "batch",
-        "samples_per_prompt",
-        "decode_chunk",
-        "evaluate_every",
-        "checkpoint_every",
-        "iterations",
-    )
-    require_at_least(1, attention_chunk=config.attention_chunk)
-    require_at_least(1, **{name: getattr(config, name) for name in numbers})
-    if config.batch % (config.samples_per_prompt * config.rollouts):
-        raise ValueError(
-            f"batch={config.batch} must be a multiple of samples_per_prompt={config.samples_per_prompt} and of rollouts={config.rollouts}."
-        )
-
-
-def price(config: Config) -> float:
-    """The temperature, reward units per nat."""
-    if config.kl_weight is not None:
-        return config.kl_weight
-    return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).penalised else 0.0
-
-
-def read_prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and prompts held out; each once."""
-    prompts = list(ANIMALS) if config.prompts is None else _lines(config.prompts, "prompts")
-    if config.held_out_prompts is not None:
-        held_out = _lines(config.held_out_prompts, "held_out_prompts")
-        if both := [p for p in held_out if p in prompts]:
-            raise ValueError(f"held_out_prompts={config.held_out_prompts}: {both[0]!r} is among those that are trained on.")
-        return prompts, held_out
-    if len(prompts) < 2:
-        raise ValueError(f"prompts={config.prompts} has a single prompt, and none to hold out: pass held_out_prompts.")
-    if len(prompts) < 5:
-        return prompts[:-1], prompts[-1:]
-    return [p for i, p in enumerate(prompts) if i % 5 != 4], prompts[4::5]
-
-
-def _lines(path: Path, name: str) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}={path} is not a file: write one prompt per line.")
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"{name}={path} has no prompts: write one per line.")
-    return list(dict.fromkeys(found))
-
-
-def digest_of_prompts(config: Config) -> str:
-    """Tells two sets of prompts apart: a run is not resumed on other prompts than it began with."""
-    return hashlib.sha256(json.dumps(read_prompts(config)).encode()).hexdigest()[:16]

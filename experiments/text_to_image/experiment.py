@@ -1,14 +1,6 @@
-"""Fine-tune Stable Diffusion for a reward, from a folder of its own files, and give LoRA back to where people generate.
-
-    python -m experiments.text_to_image --out runs/text_to_image
-    python -m experiments.text_to_image --model stable-diffusion-v1-5 --reward aesthetic --prompts prompts.txt --out runs/aesthetic
-
-The first command tries everything out on a tiny random model. `--settings NAME`, given first, starts from the settings of a paper;
-see docs/text_to_image.md. Running the same command again resumes the run, or says that it is finished.
-"""
+"""Fine-tuning of Stable Diffusion: the run, its evaluations and what it writes."""
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +17,12 @@ from ctrl_diffusion.parallel import Layout, whole
 from ctrl_diffusion.runs import Evaluator, RunDirectory, Samples, describe, exists_for_all, finetune, is_first
 from ctrl_diffusion.runs.files import write_arrays
 
-from ..commandline import execute
-from .config import Config, check, digest_of_prompts, price
+from .checks import check, digest_of_prompts, price
+from .config import Config as Config
 from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .report import write_gallery
-from .settings import chosen_settings
 
-_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint")
+_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "settings")
 _STREAMS = ("finetune", "evaluation")
 SHOWN = 32  # images of each kind in the gallery
 LOGGED = 16  # images of each evaluation that loggers get
@@ -43,12 +34,6 @@ class Pair(NamedTuple):
     before: Samples
     after: Samples
     prompt: np.ndarray
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    defaults, args = chosen_settings(sys.argv[1:] if args is None else args)
-    return execute(run, Config, __doc__, "experiments.text_to_image", args, defaults)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from ctrl_diffusion.runs import is_first, wait_for_all
 
 from .. import algorithm_registry as registry
 from ..algorithm_registry import Settings, choose, require_gradient
-from ..random_model.writer import Config as RandomModel, write_random_model
+from ..random_model.config import TINY, Config as RandomModel
+from ..random_model.writer import write_random_model
 from ..reward_registry import Settings as RewardSettings, make_reward
 from ..solver_registry import SOLVERS
-from .config import TINY, Config, price, read_prompts
+from .checks import price, read_prompts
+from .config import Config
 
 
 class Parts(NamedTuple):

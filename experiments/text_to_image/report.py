@@ -5,7 +5,6 @@
 reads `config.json`, `metrics.json`, `history.jsonl` and `images.npz` and writes `samples.png`, `curves.png` and `gallery.html`.
 """
 
-import argparse
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -179,16 +178,3 @@ def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping
         settings(config),
     ]
     return page(title, parts, GALLERY_STYLE)
-
-
-def main(args: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.text_to_image_report", description="Draw the gallery of a finished run again."
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --out folder of a finished run")
-    directory = parser.parse_args(args).directory
-    try:
-        print(write_gallery(directory))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))

@@ -1,7 +1,5 @@
-"""Settings of papers for `experiments.text_to_image`, by name: `--settings NAME`, before all other options, which change them."""
+"""Settings of papers for `experiments.text_to_image`, by name: `--settings NAME`, which other options change."""
 
-import difflib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ctrl_diffusion.conversions import sqdf_kl_weight, summed_clip
@@ -80,15 +78,3 @@ PUBLISHED: dict[str, Published] = {
     ),
 }  # fmt: skip
 HARDWARE = "a TPU v5e-16 slice or a GPU of 80 GB"
-
-
-def chosen_settings(args: Sequence[str]) -> tuple[Config | None, list[str]]:
-    """The settings that `--settings NAME` names, if it comes first, and the other arguments."""
-    if not args or args[0] != "--settings":
-        return None, list(args)
-    name = args[1] if len(args) > 1 else ""
-    if name not in PUBLISHED:
-        close = difflib.get_close_matches(name, PUBLISHED, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise SystemExit(f"error: settings={name!r} is not one of {', '.join(PUBLISHED)}.{hint}")
-    return PUBLISHED[name].config, list(args[2:])

@@ -1,55 +1,18 @@
-"""What a value network should look like, and what it should be regressed on: error to the exact value, one factor at a time.
-
-    python -m experiments.value_networks --out runs/value_networks            a ring of Gaussians and the digits
-    python -m experiments.value_networks --quick --out runs/quick             five variants on the ring
-
-A unit is one variant on one problem, all seeds at once. A run that was stopped continues with the same command.
-"""
+"""The ablation of value networks: which units there are, and how they are run."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is_first
 
-from ..commandline import execute, require_at_least, require_known
-from ..devices import Devices
+from ..commandline import require_at_least, require_known
 from .cases import PROBLEMS, Size
+from .config import Config as Config
 from .fit import Budget, Case, learn
 from .report import summary, write_report
 from .variants import BY_NAME
 
 QUICK = ("structured", "plain", "x0_prediction", "mean", "td_0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of a run. Every variant sees the same paths."""
-
-    out: Path = Path("runs/value_networks")
-    """Folder for results, table and figures."""
-    quick: bool = False
-    """Five variants on the ring, an eighth of the iterations."""
-    problems: tuple[str, ...] = ()
-    """Only these of ring_linear, ring_quadratic, digits (default: ring_linear and digits)."""
-    variants: tuple[str, ...] = ()
-    """Only these variants (default: all that say something on a problem)."""
-    seeds: int = 2
-    """Initial parameters and sets of paths."""
-    iterations: int | None = None
-    """Iterations of 8 updates on 512 states (default: the problem's own, 240 on the rings and 120 on the digits)."""
-    paths: int = 8192
-    """Paths per seed that training draws from."""
-    states: int = 1024
-    """Held-out states per time on the ring."""
-    digit_states: int = 64
-    """Held-out states per time on the digits, each with --continuations."""
-    continuations: int = 1024
-    """Paths from every held-out state of the digits, which estimate its exact value."""
-    pretrain_steps: int = 1500
-    """Optimiser steps of pre-training on the digits."""
-    devices: Devices = Devices()
-    """Devices that share the rows of every update, and the paths that exact values of the digits are estimated from."""
 
 
 class Unit(NamedTuple):
@@ -120,8 +83,3 @@ def _size(config: Config) -> Size:
     return Size(
         config.seeds, config.paths, config.states, config.digit_states, config.continuations, config.pretrain_steps
     )  # fmt: skip
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return execute(run, Config, __doc__, "experiments.value_networks", args)

@@ -1,0 +1,30 @@
+"""What the command lines know by name, as types, so that they are read before JAX is loaded. Registries say what a name stands for."""
+
+from typing import Literal
+
+AlgorithmName = Literal[
+    "score_as_action", "score_as_action_trpo", "score_as_action_published", "ddpo", "dpok", "flow_grpo", "vard", "soft_vard",
+    "sqdf", "draft", "draft_1", "alignprop", "refl", "adjoint_matching", "rwr", "vidd", "log_variance", "nabla_db",
+    "path_consistency",
+]  # fmt: skip
+"""Of `experiments.algorithm_registry.ALGORITHMS`."""
+
+DigitsReward = Literal["digit", "ink", "holes", "bytes"]
+"""Of `experiments.reward_registry.OF_DIGITS`."""
+
+ImageReward = Literal[
+    "jpeg_compressibility", "jpeg_incompressibility", "brightness", "aesthetic", "clip", "pickscore", "hps", "imagereward"
+]
+"""Of `experiments.reward_registry.OF_IMAGES`."""
+
+SolverName = Literal[
+    "ExponentialEuler", "DDIM", "Euler", "DPMSolverPP2M", "DPMSolverPP3M", "UniPC", "ERSDE", "ExponentialAdamsBashforth",
+    "DPMSolver2S", "ExponentialHeun", "Heun",
+]  # fmt: skip
+"""Of `experiments.solver_registry.SOLVERS`."""
+
+GaussianSolver = Literal["ExponentialEuler", "DDIM", "Euler"]
+"""Those of `SolverName` of which a noisy step is one Gaussian transition: fine-tuning needs its likelihood."""
+
+SolverKind = Literal["ODE", "SDE", "adaptive", "implicit"]
+"""`experiments.solver_registry.KINDS`."""
