@@ -186,6 +186,7 @@ def diagnostic_panels(history: Sequence[Row]) -> list[Panel]:
 
     def panel(phase: str, x: str, y: str, title: str, label: str, log: bool = False) -> Panel | None:
         rows = [row for row in history if row.get("phase") == phase]
+        name = "pre-training" if phase == "pretrain" else "fine-tuning"
         xs, ys, _ = series(rows, x, y)
         if not len(xs):
             return None
@@ -194,11 +195,11 @@ def diagnostic_panels(history: Sequence[Row]) -> list[Panel]:
             axes.plot(xs, ys, color=AFTER, linewidth=1.4, marker="o" if len(xs) < 40 else "", markersize=3.5)
             if log and (ys > 0).all():
                 axes.set_yscale("log")
-            axes.set_xlabel(f"{'pre-training' if phase == 'pretrain' else 'fine-tuning'} {x}", fontsize=FONT)
+            axes.set_xlabel(f"{name} {x}", fontsize=FONT)
             axes.set_ylabel(label, fontsize=FONT)
             axes.grid(axis="y", which="both", color="#e6e6e6", linewidth=0.8)
 
-        return Panel(title, f"{title} against the {x} of {phase}ing", draw)
+        return Panel(title, f"{title} against the {x} of {name}", draw)
 
     panels = (
         panel("pretrain", "step", "loss", "Pre-training loss", "denoising loss"),

@@ -8,7 +8,7 @@ reads `config.json`, `metrics.json`, `history.jsonl` and `images.npz` and writes
 import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,7 @@ from ctrl_diffusion.runs.files import write_atomic
 from ctrl_diffusion.runs.images import mosaic
 
 from ..figures import AFTER, BEFORE, FONT, Panel, figure, png, series
-from ..pages import image, page, settings
-
-GALLERY_STYLE = """
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
-.pair { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; }
-.pair div { display: flex; gap: .4rem; } .pair img { width: 50%; image-rendering: auto; }
-.pair p { margin: .3rem 0 0; font-size: .9rem; }
-"""
+from ..pages import Picture, page
 
 
 def write_gallery(directory: Path) -> Path:
@@ -100,19 +93,23 @@ def _curves(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) ->
     ]
 
 
-def _image(array: np.ndarray, alt: str) -> str:
+def _picture(array: np.ndarray, alt: str) -> Picture:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
-    return image(file.getvalue(), alt)
+    return Picture(file.getvalue(), alt)
 
 
-def _pairs(images: Mapping[str, np.ndarray], name: str) -> str:
-    cards = ""
+def _pairs(images: Mapping[str, np.ndarray], name: str) -> list[dict[str, Any]]:
     columns = (images[f"{name}_{part}"] for part in ("before", "after", "rewards_before", "rewards_after", "prompts"))
-    for before, after, r_before, r_after, prompt in zip(*columns):
-        both = _image(before, f"{prompt}, before") + _image(after, f"{prompt}, after")
-        cards += f'<div class="pair"><div>{both}</div><p>{escape(str(prompt))}<br>{r_before:.4g} → {r_after:.4g}</p></div>\n'
-    return f'<div class="pairs">\n{cards}</div>'
+    return [
+        {
+            "before": _picture(before, f"{prompt}, before"),
+            "after": _picture(after, f"{prompt}, after"),
+            "prompt": prompt,
+            "rewards": f"{reward_before:.4g} → {reward_after:.4g}",
+        }
+        for before, after, reward_before, reward_after, prompt in zip(*columns)
+    ]
 
 
 MEANINGS = {
@@ -145,36 +142,15 @@ def _number(metrics: Mapping[str, Any], name: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _table(columns: Sequence[str], rows: str) -> str:
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
-
-
 def _page(config: Mapping[str, Any], metrics: Mapping[str, Any], images: Mapping[str, np.ndarray], history) -> str:
-    title = f"Fine-tuning {Path(config['model']).name} for {' + '.join(config['reward'])}"
-    lead = (
-        f"Reward {_number(metrics, 'reward_before')} before, {_number(metrics, 'reward')} after {metrics['iterations']} iterations of "
-        f"{config['algorithm']}, at a path KL of {_number(metrics, 'path_kl')} nats; on held-out prompts "
-        f"{_number(metrics, 'held_out_reward_before')} before, {_number(metrics, 'held_out_reward')} after."
+    return page(
+        "text_to_image/gallery.html",
+        title=f"Fine-tuning {Path(config['model']).name} for {' + '.join(config['reward'])}",
+        config=config,
+        metrics=metrics,
+        number=partial(_number, metrics),
+        training=_pairs(images, "training"),
+        held_out=_pairs(images, "held_out"),
+        curves=Picture(png(figure(_curves(history, metrics))), "reward, path KL, other samplers"),
+        meanings=MEANINGS,
     )
-    curves = image(png(figure(_curves(history, metrics))), "reward, path KL, other samplers")
-    rows = "".join(
-        f"<tr><td><code>{name}</code><br>{escape(text)}</td><td>{escape(_number(metrics, name))}</td></tr>\n"
-        for name, text in MEANINGS.items()
-    )
-    prompts = "".join(
-        f"<tr><td>{escape(p)}{' (held out)' if row['held_out'] else ''}</td><td>{row['images']}</td>"
-        f"<td>{row['reward_before']:.4g}</td><td>{row['reward']:.4g}</td></tr>\n"
-        for p, row in metrics["prompts"].items()
-    )
-    parts = [
-        f"<h1>{escape(title)}</h1>\n<p class=lead>{escape(lead)}</p>",
-        "<h2>Prompts that were trained on</h2>\n<p>Left before, right after, from the same noise; not selected. Below: the rewards.</p>\n"
-        + _pairs(images, "training"),
-        "<h2>Held-out prompts</h2>\n" + _pairs(images, "held_out"),
-        f"<h2>Progress and other samplers</h2>\n<figure>{curves}</figure>",
-        f"<h2>All metrics</h2>\n{_table(('Metric', 'Value ± standard error'), rows)}",
-        f"<details><summary>Prompts</summary>\n{_table(('Prompt', 'Images', 'Reward before', 'after'), prompts)}</details>",
-        settings(config),
-    ]
-    return page(title, parts, GALLERY_STYLE)
