@@ -1,4 +1,4 @@
-"""The algorithms that the command line knows by name, each with what it needs and what its paper prices."""
+"""The algorithms that the command lines know by name, with what each one needs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from ctrl_diffusion.critics import returns
 from ctrl_diffusion.values import AbstractValue
 
 
-class Settings(NamedTuple):
-    """What an algorithm is made from; it takes the options that it has (`Choice.options`)."""
+class AlgorithmSettings(NamedTuple):
+    """What an algorithm is made from; it takes the options that it has (`AlgorithmChoice.options`)."""
 
     objective: cd.Objective
     value: AbstractValue
@@ -21,22 +21,22 @@ class Settings(NamedTuple):
 
 
 OPTIONS = ("clip", "horizon", "kl_radius")
-"""Settings that not all algorithms have."""
+"""AlgorithmSettings that not all algorithms have."""
 
 
-class Choice(NamedTuple):
+class AlgorithmChoice(NamedTuple):
     """An algorithm by name: how it is made, and what it is.
 
     Attributes:
-        make: from `Settings` to an `Algorithm`.
+        make: from `AlgorithmSettings` to an `Algorithm`.
         learns_value: whether it trains the value network.
-        penalised: whether the published method prices the path KL; if not, its default price is 0.
-        differentiates: whether it needs the reward's gradient (`vard` only with a value that looks at the reward).
-        needs_several: whether it compares paths of one condition, so that one alone teaches nothing.
+        penalised: whether the published method has a KL penalty; if not, its default kl_weight is 0.
+        differentiates: whether it needs the reward's gradient (`vard` needs it only with a value that sees the reward).
+        needs_several: whether it compares paths of one condition, and needs several of them.
         options: which of `OPTIONS` it has.
     """
 
-    make: Callable[[Settings], cd.algorithms.Algorithm]
+    make: Callable[[AlgorithmSettings], cd.algorithms.Algorithm]
     description: str
     learns_value: bool = False
     penalised: bool = True
@@ -45,82 +45,84 @@ class Choice(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-def _trpo(s: Settings) -> cd.algorithms.Algorithm:
+def _trpo(s: AlgorithmSettings) -> cd.algorithms.Algorithm:
     region = cd.trust.NaturalGradient(s.kl_radius, fisher_transitions=8192)
     return cd.score_as_action(s.objective, s.value, s.training._replace(policy=region), horizon=s.horizon)
 
 
-ALGORITHMS: dict[str, Choice] = {
-    "score_as_action": Choice(
+ALGORITHMS: dict[str, AlgorithmChoice] = {
+    "score_as_action": AlgorithmChoice(
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, horizon=s.horizon),
         "continuous-time PPO with a structured value",
         learns_value=True,
         options=("clip", "horizon"),
     ),
-    "score_as_action_trpo": Choice(
+    "score_as_action_trpo": AlgorithmChoice(
         _trpo, "the same with a natural gradient in a KL radius", learns_value=True, options=("kl_radius", "horizon")
     ),
-    "score_as_action_published": Choice(
+    "score_as_action_published": AlgorithmChoice(
         lambda s: cd.score_as_action(s.objective, s.value, s.training, clip=s.clip, target=returns),
         "the same with the value of the terminal reward alone, as published",
         learns_value=True,
         options=("clip",),
     ),
-    "ddpo": Choice(
+    "ddpo": AlgorithmChoice(
         lambda s: cd.ddpo(s.objective, s.training, clip=s.clip),
         "likelihood ratio of the return",
         penalised=False,
         options=("clip",),
     ),
-    "dpok": Choice(
-        lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a price of the KL", options=("clip",)
+    "dpok": AlgorithmChoice(
+        lambda s: cd.dpok(s.objective, s.training, clip=s.clip), "the same with a KL penalty", options=("clip",)
     ),
-    "flow_grpo": Choice(
+    "flow_grpo": AlgorithmChoice(
         lambda s: cd.flow_grpo(s.objective, s.training, clip=s.clip),
         "group-relative returns and a KL penalty",
         options=("clip",),
     ),
-    "vard": Choice(
+    "vard": AlgorithmChoice(
         lambda s: cd.vard(s.objective, s.value, s.training),
         "gradient of a learned mean value through one step",
         learns_value=True,
     ),
-    "soft_vard": Choice(
+    "soft_vard": AlgorithmChoice(
         lambda s: cd.soft_vard(s.objective, s.value, s.training), "the same with the learned soft value", learns_value=True
     ),
-    "sqdf": Choice(
+    "sqdf": AlgorithmChoice(
         lambda s: cd.sqdf(s.objective, s.training),
         "gradient of the posterior mean's reward, replayed states",
         differentiates=True,
     ),
-    "draft": Choice(
+    "draft": AlgorithmChoice(
         lambda s: cd.draft(s.objective, s.training), "gradient through the whole chain", penalised=False, differentiates=True
     ),
-    "draft_1": Choice(
+    "draft_1": AlgorithmChoice(
         lambda s: cd.draft(s.objective, s.training, steps=1),
         "gradient through the last step",
         penalised=False,
         differentiates=True,
     ),
-    "alignprop": Choice(
+    "alignprop": AlgorithmChoice(
         lambda s: cd.alignprop(s.objective, s.training), "draft in small memory", penalised=False, differentiates=True
     ),
-    "refl": Choice(lambda s: cd.refl(s.objective, s.training), "reward of late guesses", penalised=False, differentiates=True),
-    "adjoint_matching": Choice(
+    "refl": AlgorithmChoice(
+        lambda s: cd.refl(s.objective, s.training), "reward of late x0 predictions", penalised=False, differentiates=True
+    ),
+    "adjoint_matching": AlgorithmChoice(
         lambda s: cd.adjoint_matching(s.objective, s.training), "regression on the lean adjoint", differentiates=True
     ),
-    "rwr": Choice(lambda s: cd.rwr(s.objective, s.training), "reward-weighted likelihood of the reference's paths"),
-    "vidd": Choice(lambda s: cd.vidd(s.objective, s.training), "value-weighted likelihood of the reference's steps"),
-    "log_variance": Choice(
+    "rwr": AlgorithmChoice(lambda s: cd.rwr(s.objective, s.training), "reward-weighted likelihood of the reference's paths"),
+    "vidd": AlgorithmChoice(lambda s: cd.vidd(s.objective, s.training), "value-weighted likelihood of the reference's steps"),
+    "log_variance": AlgorithmChoice(
         lambda s: cd.log_variance(s.objective, s.training), "log-variance of path weights", needs_several=True
     ),
-    "nabla_db": Choice(
+    "nabla_db": AlgorithmChoice(
         lambda s: cd.nabla_db(s.objective, s.value, s.training),
         "gradients of detailed balance",
         learns_value=True,
         differentiates=True,
     ),
-    "path_consistency": Choice(
+    "path_consistency": AlgorithmChoice(
         lambda s: cd.path_consistency(s.objective, s.value, s.training),
         "soft consistency with a learned value",
         learns_value=True,
@@ -128,14 +130,14 @@ ALGORITHMS: dict[str, Choice] = {
 }
 
 
-def choose(name: str) -> Choice:
+def choose(name: str) -> AlgorithmChoice:
     """The algorithm of this name; `ValueError` for an unknown one."""
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}.")
     return ALGORITHMS[name]
 
 
-def make_algorithm(name: str, settings: Settings, options: Any) -> cd.algorithms.Algorithm:
+def make_algorithm(name: str, settings: AlgorithmSettings, options: Any) -> cd.algorithms.Algorithm:
     """The algorithm of this name with those attributes of `options` that are in `OPTIONS` and not `None`; see `check_options`."""
     check_options(name, options)
     given = {option: getattr(options, option) for option in OPTIONS if getattr(options, option) is not None}

@@ -1,11 +1,11 @@
-"""Speed of sampling Stable Diffusion: this library, a hand-written `lax.scan`, and PyTorch with diffusers, interleaved in one run.
+"""Time sampling of Stable Diffusion by this library, a hand-written `lax.scan` and PyTorch with diffusers, in turn within one run.
 
     python -m experiments.benchmark_text_to_image --out runs/benchmark_tiny
     python -m experiments.benchmark_text_to_image --model stable-diffusion-v1-5 --steps 2 --repeats 5 --out runs/benchmark_sd15
 
-All sides have the UNet of the folder, classifier-free guidance with both branches in one batch, the same timesteps and the same noise,
-and are held to the same latents before anything is timed. PyTorch needs the extra `prepared`. `python -m experiments.random_model` writes a
-folder with random weights. The figures to read are the medians over rounds of the ratios of times within a round.
+All sides have the UNet of the folder, the same timesteps, the same noise, and classifier-free guidance with both branches in one batch.
+Before anything is timed, their latents are compared, and a difference beyond rounding is an error. PyTorch needs the extra `benchmark`.
+`python -m experiments.random_model` writes a folder with random weights. Read the medians over rounds of the ratios within a round.
 """
 
 from .benchmark.config import TextToImageConfig as Config

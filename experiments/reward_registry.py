@@ -1,4 +1,4 @@
-"""The rewards that the command lines know by name, each with its default price: one row for each, and one place to add another."""
+"""The rewards that the command lines know by name, each with its default KL weight: one row for each."""
 
 import importlib
 import zlib
@@ -19,7 +19,7 @@ from .classifier import LogProbabilities
 CAST = image_rewards.Loading(cast=True)  # HPSv2 is published in half precision
 
 
-class Settings(NamedTuple):
+class RewardSettings(NamedTuple):
     """What a choice is made from; a choice takes what concerns it.
 
     Attributes:
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
         digit: the digit asked for.
         prompts: all that there are; the condition of a reward is the number of one.
         folder: where the files of reward models lie, in a folder for each by its name.
-        chunk: images that are judged together.
+        chunk: images that are rewarded together.
     """
 
     log_probabilities: LogProbabilities | None = None
@@ -37,10 +37,10 @@ class Settings(NamedTuple):
     chunk: int = 8
 
 
-class Choice(NamedTuple):
-    """A reward by name: how it is made, its default price (reward units per nat of path KL), what it is, whether it has a gradient."""
+class RewardChoice(NamedTuple):
+    """A reward by name: how it is made, its default kl_weight (reward units per nat of path KL), what it is, whether it has a gradient."""
 
-    make: Callable[[Settings], Reward]
+    make: Callable[[RewardSettings], Reward]
     kl_weight: float
     description: str
     differentiable: bool = False
@@ -71,7 +71,7 @@ def compressed_bytes(x: np.ndarray) -> np.ndarray:
     return -np.array([len(zlib.compress(image.tobytes(), 9)) for image in levels], np.float32)
 
 
-def _digit(s: Settings) -> Reward:
+def _digit(s: RewardSettings) -> Reward:
     log_probabilities, digit = s.log_probabilities, s.digit
     if log_probabilities is None:
         raise ValueError(
@@ -80,11 +80,11 @@ def _digit(s: Settings) -> Reward:
     return differentiable(lambda x: log_probabilities(x)[:, digit], "digit")
 
 
-OF_DIGITS: dict[str, Choice] = {
-    "digit": Choice(_digit, 1.0, "a frozen classifier's log-probability of one digit, nats", differentiable=True),
-    "ink": Choice(lambda s: differentiable(ink, "ink"), 1.5, "fully inked pixels, 0 to 64", differentiable=True),
-    "holes": Choice(lambda s: black_box(holes, "holes"), 0.25, "number of holes, by connected components"),
-    "bytes": Choice(lambda s: black_box(compressed_bytes, "bytes"), 1.5, "minus zlib bytes at 17 grey levels"),
+OF_DIGITS: dict[str, RewardChoice] = {
+    "digit": RewardChoice(_digit, 1.0, "a frozen classifier's log-probability of one digit, nats", differentiable=True),
+    "ink": RewardChoice(lambda s: differentiable(ink, "ink"), 1.5, "fully inked pixels, 0 to 64", differentiable=True),
+    "holes": RewardChoice(lambda s: black_box(holes, "holes"), 0.25, "number of holes, by connected components"),
+    "bytes": RewardChoice(lambda s: black_box(compressed_bytes, "bytes"), 1.5, "minus zlib bytes at 17 grey levels"),
 }
 
 
@@ -96,14 +96,14 @@ def brightness(images: Float[Array, "b h w c"]) -> Float[Array, " b"]:
     return jnp.mean(images, axis=(1, 2, 3))
 
 
-def _pooled(fn: Callable[[np.ndarray], np.ndarray], name: str) -> Callable[[Settings], Reward]:
+def _pooled(fn: Callable[[np.ndarray], np.ndarray], name: str) -> Callable[[RewardSettings], Reward]:
     return lambda s: pooled(fn, chunk=s.chunk, name=name)
 
 
-def _loaded(name: str, load: Callable[[Path], image_rewards.AbstractImageReward]) -> Callable[[Settings], Reward]:
+def _loaded(name: str, load: Callable[[Path], image_rewards.AbstractImageReward]) -> Callable[[RewardSettings], Reward]:
     """A reward model, from the folder of its files."""
 
-    def make(s: Settings) -> Reward:
+    def make(s: RewardSettings) -> Reward:
         if not (s.folder / name).is_dir():
             raise FileNotFoundError(f"reward={name!r} needs its files in {s.folder / name}: see docs/text_to_image.md.")
         return image_rewards.for_prompts(load(s.folder / name), s.prompts, name, chunk=s.chunk)
@@ -111,30 +111,30 @@ def _loaded(name: str, load: Callable[[Path], image_rewards.AbstractImageReward]
     return make
 
 
-OF_IMAGES: dict[str, Choice] = {
-    "jpeg_compressibility": Choice(
+OF_IMAGES: dict[str, RewardChoice] = {
+    "jpeg_compressibility": RewardChoice(
         _pooled(image_rewards.jpeg_compressibility, "jpeg_compressibility"), 0.01, "minus kilobytes of the JPEG of quality 95"
     ),
-    "jpeg_incompressibility": Choice(
+    "jpeg_incompressibility": RewardChoice(
         _pooled(image_rewards.jpeg_incompressibility, "jpeg_incompressibility"), 0.01, "kilobytes of the JPEG of quality 95"
     ),
-    "brightness": Choice(
+    "brightness": RewardChoice(
         lambda s: differentiable(brightness, "brightness"), 1e-3, "mean of the pixels, -1 to 1", differentiable=True
     ),
-    "aesthetic": Choice(
+    "aesthetic": RewardChoice(
         _loaded("aesthetic", lambda folder: image_rewards.load_aesthetic(folder / "clip", folder / "aesthetic.pth")),
         1e-3, "LAION's aesthetic predictor, about 1 to 10", differentiable=True,
     ),
-    "clip": Choice(
+    "clip": RewardChoice(
         _loaded("clip", image_rewards.load_clip_similarity),
         1e-4, "cosine of CLIP's embeddings of image and prompt", differentiable=True,
     ),
-    "pickscore": Choice(_loaded("pickscore", image_rewards.load_pickscore), 1e-3, "PickScore, about 20", differentiable=True),
-    "hps": Choice(
+    "pickscore": RewardChoice(_loaded("pickscore", image_rewards.load_pickscore), 1e-3, "PickScore, about 20", differentiable=True),
+    "hps": RewardChoice(
         _loaded("hps", lambda folder: image_rewards.load_hps(folder / "hps.pt", folder, CAST)),
         1e-5, "HPSv2, about 0.27", differentiable=True,
     ),
-    "imagereward": Choice(
+    "imagereward": RewardChoice(
         _loaded(
             "imagereward",
             lambda folder: image_rewards.load_image_reward(folder / "ImageReward.pt", folder, folder / "med_config.json"),
@@ -144,7 +144,7 @@ OF_IMAGES: dict[str, Choice] = {
 }  # fmt: skip
 
 
-def make_reward(names: Sequence[str], weights: Sequence[float], settings: Settings) -> Reward:
+def make_reward(names: Sequence[str], weights: Sequence[float], settings: RewardSettings) -> Reward:
     """The weighted sum of rewards of images and prompts: by name, or your own as `module:function`. Weights are 1 if none is given."""
     found = [_own(name, settings.prompts) if ":" in name else OF_IMAGES[name].make(settings) for name in names]
     if len(found) == 1 and not weights:

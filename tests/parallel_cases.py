@@ -33,7 +33,7 @@ from ctrl_diffusion.runs import RunDirectory
 from ctrl_diffusion.values import NoValue
 from experiments.exact.units import budget_for, solve
 from experiments.value_networks.cases import Size, ring_case
-from experiments.value_networks.fit import Budget, learn
+from experiments.value_networks.fit import FitBudget, learn
 from experiments.value_networks.variants import BY_NAME
 
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
@@ -298,12 +298,12 @@ def test_black_box_rewards_see_every_sample_once():
 
 def test_the_value_network_experiment_does_not_depend_on_the_devices(tmp_path):
     case = ring_case("ring_linear")(RunDirectory(tmp_path / "run", {}), Size(seeds=1, paths=64, states=16), Layout())
-    budget = Budget(iterations=2, evaluations=1, updates=2, rows=64)
+    budget = FitBudget(iterations=2, evaluations=1, updates=2, transitions=64)
     one, eight = (learn(case, BY_NAME["structured"], budget, layouts()[name]) for name in ("one", "eight"))
     np.testing.assert_allclose(eight["square_soft"], one["square_soft"], rtol=1e-4)
     assert one["square_soft"][0][0] != one["square_soft"][0][-1]
-    with pytest.raises(ValueError, match="rows of an update=60 must be a multiple of the number of devices, 8"):
-        learn(case, BY_NAME["structured"], budget._replace(rows=60), layouts()["eight"])
+    with pytest.raises(ValueError, match="transitions of an update=60 must be a multiple of the number of devices, 8"):
+        learn(case, BY_NAME["structured"], budget._replace(transitions=60), layouts()["eight"])
 
 
 def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices():

@@ -44,7 +44,7 @@ def test_all_sides_are_checked_timed_and_drawn(tmp_path):
     assert compiled["rollout_seconds"] is None and compiled["reason"]
     assert all(metrics[name] is None or metrics[name] > 0 for name in benchmark.TARGETS)
     assert (metrics["rollout_speedup_over_torch"] is not None) == TORCH
-    assert metrics["rows_per_update"] == 6 and (not TORCH or metrics["torch_threads"] >= 1)
+    assert metrics["transitions_per_update"] == 6 and (not TORCH or metrics["torch_threads"] >= 1)
     assert "% of peak)" in benchmark.summary(metrics)
 
 
@@ -95,7 +95,7 @@ def test_without_torch_its_rows_say_so(task, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "experiments.benchmark.pytorch", raising=False)
     monkeypatch.delattr("experiments.benchmark.pytorch", raising=False)
     sides, about = benchmark.torch_sides(TINY, task, None, None, None)
-    assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[prepared]'"] * 2
+    assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[benchmark]'"] * 2
     assert about == {"torch": None, "torch_threads": None}
     sides, _ = benchmark.torch_sides(dataclasses.replace(TINY, torch=False), task, None, None, None)
     assert sides[0].reason == "not asked for (--no-torch)"

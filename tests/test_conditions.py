@@ -13,7 +13,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.groups import mean_within, same_condition, softmax_within, variance_within
 from ctrl_diffusion.rewards import evaluate, evaluate_parts
-from experiments.algorithm_registry import ALGORITHMS, Settings, value_for
+from experiments.algorithm_registry import ALGORITHMS, AlgorithmSettings, value_for
 
 STEPS, BATCH, DIM, KINDS = 5, 12, 3, 2
 PROCESS = cd.DiffusionProcess(cd.VPLinear(tau_min=0.05))
@@ -80,7 +80,7 @@ def objective(conditions=None, kind=None, offset=0.0, kl_weight=0.4, black_box=F
 
 def iterated(name, problem, count=2, **training):
     training = cd.Training(optax.sgd(1e-3), BATCH, 1, 2 if name != "log_variance" else 1, optax.sgd(1e-2), **training)
-    algorithm = ALGORITHMS[name].make(Settings(problem, value_for(problem.reward, value, PROCESS), training))
+    algorithm = ALGORITHMS[name].make(AlgorithmSettings(problem, value_for(problem.reward, value, PROCESS), training))
     phi = {"a": jnp.ones(()), "b": jnp.ones(KINDS)} if ALGORITHMS[name].learns_value else ()
     state = algorithm.init(weights(0), phi)._replace(reference=weights(1))
     for i in range(count):

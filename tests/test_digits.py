@@ -19,7 +19,7 @@ from ctrl_diffusion.rewards import RewardError
 from ctrl_diffusion.runs import Checkpoints
 from experiments.digits import experiment as digits
 from experiments.digits.__main__ import main
-from experiments.reward_registry import OF_DIGITS, Settings, compressed_bytes, holes, ink
+from experiments.reward_registry import OF_DIGITS, RewardSettings, compressed_bytes, holes, ink
 from tests.tiny_runs import DIGITS
 
 TINY = digits.Config(**DIGITS, iterations=4)
@@ -242,7 +242,7 @@ def test_deterministic_sampler_has_no_gap(tmp_path):
 @pytest.mark.parametrize("name", OF_DIGITS)
 def test_rewards_by_name_are_what_they_say(name):
     choice = OF_DIGITS[name]
-    reward = choice.make(Settings(lambda x: jnp.log(jnp.full((len(x), 10), 0.1)), 3))
+    reward = choice.make(RewardSettings(lambda x: jnp.log(jnp.full((len(x), 10), 0.1)), 3))
     values = cd.rewards.evaluate(reward, jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1))
     assert values.shape == (2,) and reward.differentiable == choice.differentiable and reward.name == name
 

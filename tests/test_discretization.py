@@ -264,7 +264,7 @@ def test_retention_is_the_fraction_that_was_put_in():
     assert "DDPO loses more than half of its gain (least: 0.40, at 6 steps)" in text
     assert "Score as Action keeps at least half of its gain everywhere (least: 0.80, at 6 steps)" in text
     assert "Score as Action less DDPO: 0.40 ± 0.06, 95 % interval 0.15 to 0.65; Score as Action keeps more." in text
-    assert "no difference is resolved" in text.split("Score as Action less DDPO with KL price")[1]
+    assert "no difference is resolved" in text.split("Score as Action less DDPO with KL penalty")[1]
     assert "| DDPO | 2.20 ± 0.12 | 0.40 ± 0.06 |" in table(found, "A", 24, 1.0)
 
 

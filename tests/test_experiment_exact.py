@@ -18,7 +18,7 @@ import pytest
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.solvers import power
-from experiments.algorithm_registry import ALGORITHMS, Settings, choose
+from experiments.algorithm_registry import ALGORITHMS, AlgorithmSettings, choose
 from experiments.exact import experiment as leaderboard
 from experiments.exact.__main__ import main
 from experiments.exact.report import overview
@@ -155,7 +155,7 @@ def test_the_fixed_point_of_the_discounted_x0_reward_is_stationary(name):
 
     sampler = cd.Sampler(place.sampler.process, control, (2,), grid=place.sampler.grid)
     objective = cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight)
-    settings = Settings(objective, structured_value(place), cd.Training(optax.sgd(1.0), 2048))
+    settings = AlgorithmSettings(objective, structured_value(place), cd.Training(optax.sgd(1.0), 2048))
     algorithm = ENTRIES[name].make(settings)
     moved = []
     for scale in (1.0, 0.0):

@@ -9,7 +9,7 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion import exact
 from experiments import data
-from experiments.algorithm_registry import ALGORITHMS, Settings, make_algorithm
+from experiments.algorithm_registry import ALGORITHMS, AlgorithmSettings, make_algorithm
 from experiments.digits.checks import check as check_digits
 from experiments.digits.config import Config as Digits
 from experiments.pod_plan.cases import digits_case, text_to_image_case
@@ -25,7 +25,7 @@ OTHER = {"clip": 0.1, "horizon": 0.3, "kl_radius": 0.02}
 def settings(name):
     objective = cd.Objective(SAMPLER, cd.differentiable(PROBLEM.reward), 1.0 if ALGORITHMS[name].penalised else 0.0)
     value = cd.StructuredValue(lambda params, t, x, cond: x[:, 0], PROBLEM.process.t0, PROBLEM.process.t1)
-    return Settings(objective, value, cd.Training(optax.sgd(0.1), 8, value=optax.sgd(0.1)))
+    return AlgorithmSettings(objective, value, cd.Training(optax.sgd(0.1), 8, value=optax.sgd(0.1)))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -53,7 +53,7 @@ DROPPED = {
     ),
     "strength of Brownian noise": (
         lambda: check_digits(Digits(exploration_strength=0.2), None, data.digits()),
-        "exploration_strength=0.2 is of action noise: pass --exploration action",
+        "exploration_strength=0.2 belongs to action noise: pass --exploration action",
     ),
     "width of Stable Diffusion": (
         lambda: text_to_image_case(Plan(width=64)),

@@ -21,7 +21,7 @@ from experiments.algorithm_registry import ALGORITHMS
 from experiments.pod_plan.text_to_image import abstract_parts, planned_config, text_to_image_programs
 from experiments.random_model.writer import Config as RandomModel, write_random_model
 from experiments.text_to_image.__main__ import main
-from experiments.text_to_image.checks import check, digest_of_prompts, price, read_prompts
+from experiments.text_to_image.checks import check, digest_of_prompts, kl_weight_of, read_prompts
 from experiments.text_to_image.config import Config
 from experiments.text_to_image.experiment import prompt_diversity, run
 from experiments.text_to_image.parts import (
@@ -304,7 +304,7 @@ def test_diversity_within_prompts():
         (dict(reward=("nice",)), "'nice' is not one of jpeg_compressibility"),
         (dict(algorithm="dpo"), "algorithm='dpo' is not one of score_as_action"),
         (dict(reward=("brightness",), reward_weights=(1.0, 2.0)), "one for each of reward"),
-        (dict(reward=("a:b",), kl_weight=None), "has no default price"),
+        (dict(reward=("a:b",), kl_weight=None), "has no default"),
         (dict(batch=6, samples_per_prompt=4), "must be a multiple of samples_per_prompt=4"),
         (dict(eta=0.0), "eta=0.0 must be positive"),
         (dict(evaluation_solvers=("Tsit7",)), "'Tsit7' is not one of"),
@@ -350,7 +350,7 @@ def test_prompts_from_files(tmp_path):
 def test_published_settings_are_valid(name):
     config = PUBLISHED[name].config
     check(config)
-    assert price(config) >= 0 and config.batch % config.rollouts == 0
+    assert kl_weight_of(config) >= 0 and config.batch % config.rollouts == 0
     per_path = config.steps if config.times is None else config.times
     devices = 16  # of the slice that they are meant for
     assert config.batch * per_path % (config.minibatches * config.accumulation * devices) == 0

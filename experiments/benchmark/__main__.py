@@ -1,12 +1,13 @@
-"""Speed of this library against a hand-written `lax.scan` and against PyTorch with diffusers, on the same U-Net, interleaved in one run.
+"""Time this library, a hand-written `lax.scan` and PyTorch with diffusers on the same U-Net, in turn within one run.
 
     python -m experiments.benchmark --out runs/benchmark
 
-A rollout samples a batch of paths and records them; an update is one policy step of clipped likelihood ratios on a minibatch of
-their rows. All sides have the same weights, grid and noise, and are held to the same samples, loss and gradient before anything is timed
-(`experiments.benchmark.check`). PyTorch needs the extra `prepared`; what cannot be measured here is left out, and `metrics.json` says why.
+A rollout samples a batch of paths and records them. An update is one policy step with clipped likelihood ratios on a minibatch of
+their transitions. All sides have the same weights, grid and noise. Before anything is timed, their samples, losses and gradients are
+compared, and a difference beyond rounding is an error (`experiments.benchmark.check`). PyTorch needs the extra `benchmark`. A side that
+cannot be measured is left out, and `metrics.json` has the reason.
 
-The figures to read are the medians over rounds of the ratios of times within a round: on a shared machine single times mean little.
+Read the medians over rounds of the ratios of times within a round: single times mean little on a shared machine.
 """
 
 from ..commandline import execute

@@ -57,7 +57,7 @@ def exact(task: Task, paths: int) -> Exact:
     reference = Exact(np.asarray(samples), float(np.mean(terms)), gradient, {}, {})
     for tolerance, (other, other_terms, other_gradient) in zip((reference.tolerance, reference.score_tolerance), others):
         tolerance.update(errors(reference, other, np.mean(other_terms), other_gradient))
-        tolerance["loss"] = float(np.mean(np.abs(other_terms - terms))) / abs(reference.loss)  # rows do not cancel
+        tolerance["loss"] = float(np.mean(np.abs(other_terms - terms))) / abs(reference.loss)  # transitions do not cancel
         tolerance["gradient"] *= BACKWARD
     return reference
 

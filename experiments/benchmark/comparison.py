@@ -98,7 +98,7 @@ def torch_module(asked: bool, sides: list[Side]) -> tuple[Any, Any]:
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ImportError)
         for side in sides:
-            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[prepared]'" if missing else str(error)
+            side.reason = f"{error.name} is not installed: pip install 'ctrl-diffusion[benchmark]'" if missing else str(error)
         return None, None
 
 
@@ -235,10 +235,10 @@ def run(config: Config) -> dict[str, Any]:
         with jax.default_matmul_precision(precision):
             floors = measure(sides, config, count(task, c))
             gradient = gradient_metrics(config) if config.gradient else {}
-    rows_per_update = config.batch * config.steps // config.minibatches
+    transitions_per_update = config.batch * config.steps // config.minibatches
     metrics = compared(sides) | gradient
     metrics |= {
-        "sides": rows_of(sides, {"rollout": config.batch, "update": rows_per_update}, floors),
+        "sides": rows_of(sides, {"rollout": config.batch, "update": transitions_per_update}, floors),
         "device": jax.devices()[0].device_kind,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
@@ -247,7 +247,7 @@ def run(config: Config) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.params)),
         "batch": config.batch,
         "steps": config.steps,
-        "rows_per_update": rows_per_update,
+        "transitions_per_update": transitions_per_update,
         "scan_minibatches": config.scan_minibatches,
         "repeats": config.repeats,
     }

@@ -18,25 +18,25 @@ class Config:
     steps: int = 24
     """Control intervals, those of `experiments.digits`."""
     minibatches: int = 8
-    """Updates per pass, as in `experiments.digits`: one has batch * steps / minibatches rows."""
+    """Updates per pass, as in `experiments.digits`: one has batch * steps / minibatches transitions."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of the U-Net, finest resolution first; multiples of 8."""
     scan_minibatches: bool = False
-    """Make the library's pass over the minibatches one program, and report the time of one update in it."""
+    """Run the library's pass over the minibatches as one program, and report the time per update."""
     repeats: int = 15
     """Timed rounds, after two to warm up; a round calls every side once."""
     pause: float = 0.02
-    """Seconds between two calls, for threads that spin after their work to fall asleep."""
+    """Seconds between two calls: threads that still spin after their work would slow the next call down."""
     torch: bool = True
     """Measure PyTorch."""
     compiled: bool = True
     """Measure compiled PyTorch, too (it takes minutes to compile on a CPU)."""
     tf32: bool = False
-    """Let all sides round float32 products to TF32 on GPUs; samples are then compared at lower precision, before."""
+    """Let all sides round float32 products to TF32 on GPUs while they are timed; they are compared without."""
     gradient: bool = True
-    """Also measure the gradient through the whole chain in small memory against the fast one."""
+    """Also measure the gradient through the whole chain: with small memory against the fast one."""
     gradient_steps: int = 100
-    """Steps of that chain, of the network of `experiments.digits`."""
+    """Steps of that chain, whose network is that of `experiments.digits`."""
     gradient_batch: int = 64
     """Its batch."""
 
@@ -62,7 +62,7 @@ class TextToImageConfig:
     repeats: int = 9
     """Timed rounds, after two to warm up; a round calls every side once."""
     pause: float = 0.02
-    """Seconds between two calls, for threads that spin after their work to fall asleep."""
+    """Seconds between two calls: threads that still spin after their work would slow the next call down."""
     torch: bool = True
     """Measure PyTorch."""
     compiled: bool = True

@@ -1,4 +1,4 @@
-"""The same rollout and update in PyTorch with diffusers' U-Net, from the same files; needs the extra `prepared`.
+"""The same rollout and update in PyTorch with diffusers' U-Net, from the same files; needs the extra `benchmark`.
 
 PyTorch gets the recorded noise, so it draws none, and its fused Adam. Images lie as `[b, h, w, c]` in memory (channels last).
 """

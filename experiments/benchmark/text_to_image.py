@@ -48,7 +48,7 @@ class Chain(NamedTuple):
     contexts: Any
 
 
-class Task(NamedTuple):
+class SamplingTask(NamedTuple):
     """A sampler of this library, what it is given, and the same chain written out."""
 
     sampler: cd.Sampler
@@ -60,7 +60,7 @@ class Task(NamedTuple):
     noise: Float[Array, "n b h w c"]
 
 
-def make_task(config: Config, folder: Path) -> Task:
+def make_task(config: Config, folder: Path) -> SamplingTask:
     """The UNet of a folder under random contexts: what they say does not change the cost."""
     dtype = jnp.dtype(config.precision)
     attention = make_attention(config.attention, config.precision)
@@ -81,10 +81,10 @@ def make_task(config: Config, folder: Path) -> Task:
     chain = Chain(noising.timestep(tau), steps.phi - steps.psi * p / q, steps.psi / q, steps.std, both)
     start, own = sampler.start(keys)
     noise = jnp.stack([standard_normal(own, 2 * i, shape, start.dtype) for i in range(len(tau))])  # KeyedPath's
-    return Task(sampler, params, keys, jnp.arange(config.batch), chain, start, noise)
+    return SamplingTask(sampler, params, keys, jnp.arange(config.batch), chain, start, noise)
 
 
-def ours(task: Task):
+def ours(task: SamplingTask):
     """`call()`: the library's sampler, whose arrays are arguments of the program."""
     fixed, rest = eqx.partition(task.sampler.control, eqx.is_array)
 
@@ -96,7 +96,7 @@ def ours(task: Task):
     return lambda: run(fixed, task.params, task.keys, task.prompts)
 
 
-def by_hand(task: Task, guidance: float):
+def by_hand(task: SamplingTask, guidance: float):
     """`call(rounding)`: the chain as a scan; every prediction is moved by `rounding` of its standard deviation."""
     control = task.sampler.control
     assert isinstance(control, sd.GuidedScore)
@@ -119,7 +119,7 @@ def by_hand(task: Task, guidance: float):
     return lambda rounding=0.0: run(task.params, control.base, task.chain, task.keys, jnp.float32(rounding))
 
 
-def network_alone(task: Task):
+def network_alone(task: SamplingTask):
     """`call()`: one evaluation of the UNet on both branches, the floor of a step; and its operations."""
     control = task.sampler.control
     assert isinstance(control, sd.GuidedScore)
@@ -139,7 +139,7 @@ def check(side: Side, latents, exact: np.ndarray, tolerance: float) -> None:
         )
 
 
-def torch_sides(config: Config, task: Task, folder: Path) -> tuple[list[Side], dict[str, Any]]:
+def torch_sides(config: Config, task: SamplingTask, folder: Path) -> tuple[list[Side], dict[str, Any]]:
     """PyTorch, eager and compiled, or why not; its version and threads."""
     sides = [Side(EAGER), Side(COMPILED)]
     other, device = torch_module(config.torch, sides)

@@ -118,7 +118,7 @@ def sampled(predict: Predict, c: Coefficients, batch: int) -> Callable:
 
 
 def surrogate(predict: Predict, c: Coefficients, params, rows: Transitions) -> Float[Array, ""]:
-    """The loss on rows `[m]` (see the module)."""
+    """The loss on transitions `[m]` (see the module)."""
     return jnp.mean(surrogates(predict, c, params, rows))
 
 
@@ -155,7 +155,7 @@ def updated(predict: Predict, c: Coefficients) -> Callable:
 
 
 class Recorded(NamedTuple):
-    """Paths of one iteration as the rows that are trained on, and which rows each minibatch has."""
+    """Paths of one iteration as the transitions that are trained on, and which transitions each minibatch has."""
 
     path: cd.sampler.Trajectory
     rows: Transitions
@@ -210,7 +210,7 @@ def moved(params, key, size: float):
 
 
 def make_task(batch: int, steps: int, minibatches: int, channels: tuple[int, ...]) -> Task:
-    """The U-Net with random weights; paths of a policy near the reference, judged by the ink on their ends."""
+    """The U-Net with random weights; paths of a policy near the reference; the reward is the ink of their final states."""
     process = cd.DiffusionProcess(cd.VPCosine(tau_min=0.02))
     network = DigitsUNet(UNet(unet_config(channels), rngs=nnx.Rngs(0)))
     control, reference = cd.score_control(network, process)
@@ -269,7 +269,7 @@ def hand_update(task: Task, c: Coefficients) -> Callable[[int], Any]:
 
 
 def our_loss(task: Task, rows: Transitions, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The library's loss and gradient on rows `[m]`."""
+    """The library's loss and gradient on transitions `[m]`."""
 
     def loss(params):
         return task.estimator.loss(task.objective, task.critic, params, Models(task.reference, ()), rows)[0]

@@ -15,7 +15,7 @@ from .config import NOT_IDENTIFYING, Config
 
 
 def check(config: Config, reward, images: datasets.Images) -> float:
-    """Refuse settings that cannot work, by name, before anything is written; returns the price."""
+    """Refuse settings that cannot work, by name, before anything is written; returns kl_weight."""
     if reward is None and config.reward not in OF_DIGITS:
         raise ValueError(f"reward={config.reward!r} is not one of {', '.join(OF_DIGITS)}.")
     if reward is None and config.reward == "digit" and images.y is None:
@@ -24,7 +24,7 @@ def check(config: Config, reward, images: datasets.Images) -> float:
         raise ValueError(f"digit={config.digit} must be from 0 to 9.")
     if config.kl_weight is not None and not config.kl_weight >= 0:
         raise ValueError(
-            f"kl_weight={config.kl_weight} must not be negative: it is the temperature, the price of a nat of path KL."
+            f"kl_weight={config.kl_weight} must not be negative: it is the temperature, the weight of the KL penalty."
         )
     if config.kl_budget is not None and not config.kl_budget > 0:
         raise ValueError(f"kl_budget={config.kl_budget} must be positive: it is the path KL, in nats, that stops the run.")
@@ -33,7 +33,9 @@ def check(config: Config, reward, images: datasets.Images) -> float:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
     for name in ("exploration_strength", "exploration_substeps"):
         if config.exploration != "action" and getattr(config, name) is not None:
-            raise ValueError(f"{name}={getattr(config, name)} is of action noise: pass --exploration action, or leave it out.")
+            raise ValueError(
+                f"{name}={getattr(config, name)} belongs to action noise: pass --exploration action, or leave it out."
+            )
     if config.reference_samples < 2 or config.evaluation_samples < 8:
         raise ValueError(
             "reference_samples and evaluation_samples must be at least 2 and 8: standard errors need several samples."
@@ -43,7 +45,7 @@ def check(config: Config, reward, images: datasets.Images) -> float:
         if not choice.penalised:
             return 0.0
         if reward is not None:
-            raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
+            raise ValueError("kl_weight=None: a reward of your own has no default; set it, in reward units per nat.")
         return OF_DIGITS[config.reward].kl_weight
     return config.kl_weight
 

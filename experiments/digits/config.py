@@ -23,8 +23,8 @@ class Config:
     """How to fine-tune: score_as_action (PPO), score_as_action_trpo, score_as_action_published, ddpo, dpok, flow_grpo, vard,
     soft_vard, sqdf, draft, draft_1, alignprop, refl, adjoint_matching, rwr, vidd, log_variance, nabla_db, path_consistency."""
     kl_weight: float | None = None
-    """Temperature lambda: price of path KL in reward units per nat. Default: the reward's own (digit 1, ink 1.5, holes 0.25,
-    bytes 1.5), and 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a price."""
+    """Weight lambda of the KL penalty (the temperature), reward units per nat of path KL. Default: the reward's own (digit 1, ink 1.5,
+    holes 0.25, bytes 1.5); 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a KL penalty."""
     eta: float = 1.0
     """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action)."""
     steps: int = 24
@@ -65,7 +65,7 @@ class Config:
     """Decay time of the advantages, control time (default: 0, single value increments; inf: Monte Carlo returns), where an algorithm has
     one."""
     kl_target: float | None = None
-    """The temperature follows this path KL, nats, from iteration to iteration; the run is then judged at the last temperature."""
+    """Adapt kl_weight from iteration to iteration towards this path KL, nats; the run is then evaluated at the last kl_weight."""
     kl_budget: float | None = None
     """Stop when the samples' path KL to the pre-trained model exceeds this many nats."""
     reference_samples: int = 16384
@@ -79,13 +79,13 @@ class Config:
     seed: int = 0
     """Seed of everything random."""
     accumulation: int = 1
-    """Parts that the rows of an update are worked through in, one after the other: less memory, the same update."""
+    """Split the transitions of an update into so many parts, one after the other: less memory, the same update."""
     stratified: bool = False
-    """Deal each group of consecutive rows out to the minibatches instead of shuffling all: nothing moves between devices."""
+    """Deal each group of consecutive transitions out to the minibatches instead of shuffling all: nothing moves between devices."""
     scan_minibatches: bool = False
-    """Make a pass over the minibatches one program: faster updates on CPUs."""
+    """Run a pass over the minibatches as one program: faster updates on CPUs."""
     average: float | None = None
-    """Decay per update of a running average of the parameters, which is then evaluated and saved (as 0.99; default: none)."""
+    """Evaluate and save a running average of the parameters, with this decay per update, as 0.99 (default: no average)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
     use_previous_checkpoint: bool = False

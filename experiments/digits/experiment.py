@@ -35,9 +35,9 @@ from ctrl_diffusion.runs.evaluation import diversities, optimum_metrics, summary
 from ctrl_diffusion.runs.files import write_arrays
 
 from .. import data as datasets
-from ..algorithm_registry import Settings, choose, make_algorithm, require_gradient, value_for
+from ..algorithm_registry import AlgorithmSettings, choose, make_algorithm, require_gradient, value_for
 from ..classifier import LogProbabilities, train_classifier
-from ..reward_registry import OF_DIGITS, Settings as RewardSettings
+from ..reward_registry import OF_DIGITS, RewardSettings
 from .checks import check, identifying
 from .config import Config as Config
 from .report import write_report
@@ -168,7 +168,7 @@ def _counts(progress: Progress, algorithm: cd.algorithms.Algorithm) -> dict[str,
 
 
 def _optimum(reference: Samples, process: cd.DiffusionProcess, kl_weight: float, warn: bool = False) -> Optimum | None:
-    """The optimum at this temperature from samples of the reference; there is none without a price."""
+    """The optimum at this temperature from samples of the reference; there is none without a KL penalty."""
     if not kl_weight:
         return None
     optimum = cd.reweighted_optimum(reference.rewards, kl_weight, is_bound=not cd.is_memoryless(process))
@@ -235,7 +235,7 @@ def _algorithm(
         kl_target=None if config.kl_target is None else AdaptiveKL(config.kl_target),
     )  # fmt: skip
     choice, value = choose(config.algorithm), value_for(reward, value_fn, sampler.process)
-    algorithm = make_algorithm(config.algorithm, Settings(objective, value, training), config)
+    algorithm = make_algorithm(config.algorithm, AlgorithmSettings(objective, value, training), config)
     return algorithm, value_params if choice.learns_value else ()
 
 

@@ -43,7 +43,7 @@ GLOSSARY = {
         "pretrain_seconds": ("s", "pre-training"),
         "finetune_seconds": ("s", "fine-tuning, evaluations excluded"),
         "iterations": ("", "fine-tuning iterations done"),
-        "kl_weight": ("reward", "the temperature that the run is judged at, per nat of path KL"),
+        "kl_weight": ("reward", "the weight of the KL penalty that the run is evaluated at, per nat of path KL"),
         "stop_reason": ("", "why fine-tuning ended"),
         "network_evaluations": ("", "network calls of fine-tuning on one image, without gradient"),
         "network_gradient_evaluations": ("", "network calls of fine-tuning on one image, with gradient"),

@@ -10,8 +10,8 @@ from .results import Run, number, quantity
 
 FEW_SAMPLES = 100  # effective samples below which the reweighted optimum is not to be trusted
 HELD_OUT = (
-    "The held-out reward is a classifier that took no part in the training and learned from other images than the reward did: "
-    "it tells a reward that is earned from one that is merely exploited."
+    "The held-out reward is that of a second classifier, which took no part in fine-tuning and was trained on other images. "
+    "If the reward rises and the held-out reward falls, the reward is being exploited."
 )
 
 
@@ -105,7 +105,7 @@ def warnings(run: Run) -> list[tuple[str, str]]:
 
 def meanings(run: Run) -> list[tuple[str, str, str]]:
     """The handful of numbers that matter: `(name, value, one sentence)`."""
-    m, unit, price = run.metrics, run.unit, number(run.config.get("kl_weight"))
+    m, unit, kl_weight = run.metrics, run.unit, number(run.config.get("kl_weight"))
     bound = " Here it is an upper bound." if m.get("optimum_is_bound") else ""
     return [
         (
@@ -117,7 +117,7 @@ def meanings(run: Run) -> list[tuple[str, str, str]]:
         (
             "J",
             quantity(m, "objective", unit),
-            f"What the fine-tuned model achieves: its mean reward minus λ = {price} times its path KL.",
+            f"What the fine-tuned model achieves: its mean reward minus λ = {kl_weight} times its path KL.",
         ),
         (
             "J*",
@@ -158,13 +158,13 @@ def introduction(run: Run) -> list[str]:
         f"A diffusion model was trained to draw images like those of its data set ({shape}: height, width, channels). In that "
         f"state it is called the reference. Then it was fine-tuned to earn a reward: {reward}.",
         "A sampler makes an image from noise in many small steps, and fine-tuning learns how to steer them. What it maximises "
-        "is the objective J = mean reward − λ × path KL: reward is welcome, and leaving the reference has a price "
+        "is the objective J = mean reward − λ × path KL: it rewards high rewards and penalises distance from the reference "
         f"(λ = {number(run.config.get('kl_weight'))}, in {run.unit} per nat of path KL). "
         + (
             "The reference can be sampled at will, so the best possible value J* is known: weighting its samples with "
             "exp(reward / λ) gives the optimum, and the result is measured against that."
             if run.metrics.get("optimum") is not None
-            else "Without a price there is no optimum to compare with."
+            else "Without a KL penalty there is no optimum to compare with."
         ),
     ]
 

@@ -54,7 +54,7 @@ def load_run(directory: Path) -> Run:
     for name in ("before", "after"):
         if name not in samples or samples[name].ndim != 4:
             raise ValueError(f"{directory / 'samples.npz'} holds no images {name!r} of shape [n, h, w, c].")
-    if metrics.get("optimum") is None:  # without a price of path KL there is none
+    if metrics.get("optimum") is None:  # without a KL penalty there is none
         samples = {name: x for name, x in samples.items() if not name.endswith("optimum")}
     return Run(directory, config, _with_gap_error(metrics), history, samples)
 

@@ -1,9 +1,9 @@
-"""Does what was learned with one discretisation hold with another? Fine-tune at one (solver, steps, eta), evaluate at all.
+"""Fine-tune with one solver, number of steps and noise level, and evaluate with all others: does what was learned hold?
 
     python -m experiments.discretization --out runs/discretization
 
-Score as Action and DDPO, with and without a price of the path KL, get the same paths, updates, network and optimiser. Every policy
-is then sampled with every solver, number of steps and noise level. Running the same command again resumes the run.
+Score as Action and DDPO, with and without a KL penalty, get the same paths, updates, network and optimiser. Every policy is then
+sampled with every solver, number of steps and noise level. Running the same command again resumes the run.
 """
 
 from ..commandline import execute

@@ -36,7 +36,7 @@ class Config:
     digit: int = 3
     """The digit asked for: the reward is its log-probability under a frozen classifier, nats."""
     kl_weight: float = 1.0
-    """Price of a nat of path KL, in units of the reward, of the methods that have one."""
+    """Weight of the KL penalty, reward units per nat, of the methods that have one."""
     batch: int = 512
     """Paths per iteration."""
     epochs: int = 2

@@ -35,13 +35,13 @@ from ctrl_diffusion.runs.files import write_arrays, write_atomic
 from .. import data as datasets
 from ..classifier import train_classifier
 from ..distances import Target, energy_distance, make_target, noise_floor
-from ..reward_registry import OF_DIGITS, Settings
+from ..reward_registry import OF_DIGITS, RewardSettings
 from ..solver_registry import as_choices
 from .cells import Samplers, bandwidth_of, collect
 from .checks import filled, resolve
 from .config import NOT_IDENTIFYING, Config as Config
 from .figures import write_figures
-from .summary import METHODS, NAMES, PRICED, summarise, table, verdict
+from .summary import METHODS, NAMES, PENALISED, summarise, table, verdict
 
 
 class Policies(NamedTuple):
@@ -120,7 +120,7 @@ class Experiment:
         half = np.random.default_rng(0).permutation(len(self.images.x))[: len(self.images.x) // 2]
         assert self.images.y is not None
         classes, _ = train_classifier(jax.random.key(0), jnp.asarray(self.images.x[half]), jnp.asarray(self.images.y[half]))
-        self.reward = OF_DIGITS["digit"].make(Settings(classes, config.digit))
+        self.reward = OF_DIGITS["digit"].make(RewardSettings(classes, config.digit))
         process = cd.DiffusionProcess(self.schedule, config.train_eta)
         network = cd.ResidualMLP(self.shape, self.shape, width=config.width, depth=config.depth, rngs=nnx.Rngs(0))
         solver = self.choices[config.train_solver].solver
@@ -282,7 +282,7 @@ class Experiment:
                     "steps out."
                 )
             samples = Samples(x, self._rewards(x), kl)
-            penalised = optimum if method in PRICED else None
+            penalised = optimum if method in PENALISED else None
             row = summary(samples, penalised, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
             distance = energy_distance(x, policy.target)
             row |= {"energy_distance": distance.mean, "energy_distance_se": distance.se}

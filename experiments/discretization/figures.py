@@ -172,6 +172,6 @@ def frontier(
 
 
 def best_rewards(rewards: np.ndarray) -> np.ndarray:
-    """`[k, 2]`: path KL and reward at the optimum, for prices from 100 down to 1/2 of a nat's."""
-    found = [cd.reweighted_optimum(rewards, price) for price in np.geomspace(100, 0.5, 60)]
+    """`[k, 2]`: path KL and reward at the optimum, for kl_weights from 100 down to 1/2."""
+    found = [cd.reweighted_optimum(rewards, kl_weight) for kl_weight in np.geomspace(100, 0.5, 60)]
     return np.array([[optimum.path_kl, optimum.reward] for optimum in found])

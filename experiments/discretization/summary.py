@@ -9,8 +9,8 @@ from scipy import stats
 from ..figures import minus
 
 METHODS = ("reference", "score_as_action", "ddpo", "ddpo_kl")
-NAMES = {"reference": "reference", "score_as_action": "Score as Action", "ddpo": "DDPO", "ddpo_kl": "DDPO with KL price"}
-PRICED = ("reference", "score_as_action", "ddpo_kl")  # methods whose objective has a maximiser, and therefore a gap
+NAMES = {"reference": "reference", "score_as_action": "Score as Action", "ddpo": "DDPO", "ddpo_kl": "DDPO with KL penalty"}
+PENALISED = ("reference", "score_as_action", "ddpo_kl")  # methods whose objective has a maximiser, and therefore a gap
 AVERAGED = ("reward", "gain", "path_kl", "objective", "relative_gap", "energy_distance", "diversity")
 
 Row = Mapping[str, Any]

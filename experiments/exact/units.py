@@ -18,7 +18,7 @@ from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
 from ctrl_diffusion.predictions import expand
 
-from ..algorithm_registry import ALGORITHMS, Choice, Settings
+from ..algorithm_registry import ALGORITHMS, AlgorithmChoice, AlgorithmSettings
 from ..distances import Target, energy_distance, make_target
 from .setup import DIFFUSION, Control, Setup, setup
 
@@ -29,31 +29,31 @@ def sqdf_discount_per_time(objective: cd.Objective) -> Any:
     return cd.estimators.discount_per_time((process.t1 - process.t0) / (50 * math.log(1 / 0.9)))(objective)
 
 
-EXACT_CRITIC = Choice(
+EXACT_CRITIC = AlgorithmChoice(
     lambda s: cd.compose(s.objective, cd.estimators.Pathwise(1), cd.Critic(s.value), s.training),
     "pathwise through one step of the exact value (not an algorithm: what the others approach)",
 )
-BOOTSTRAPPED = Choice(
+BOOTSTRAPPED = AlgorithmChoice(
     lambda s: cd.adjoint_matching(s.objective, s.training, horizon=0.05),
     "regression on the lean adjoint, bootstrapped from the policy with a horizon of 0.05",
     differentiates=True,
 )
-SQDF_PER_TIME = Choice(
+SQDF_PER_TIME = AlgorithmChoice(
     lambda s: cd.sqdf(s.objective, s.training, discount=sqdf_discount_per_time),
     "sqdf with the discount of its paper's 50 steps per unit of time, whatever the number of steps",
     differentiates=True,
 )
-ENTRIES: dict[str, Choice] = ALGORITHMS | {
+ENTRIES: dict[str, AlgorithmChoice] = ALGORITHMS | {
     "sqdf_per_time": SQDF_PER_TIME,
     "adjoint_matching_bootstrapped": BOOTSTRAPPED,
     "exact_critic": EXACT_CRITIC,
 }
 
-GUESS = "builds on a guess of the final state, which without data is the present state (no posterior mean)"
+X0_PREDICTION = "needs an x0 prediction: these problems have no data, hence no posterior mean"
 NOT_FOR_CONTROL: dict[str, str] = {
-    **{name: "has no price: these problems are about the price" for name, choice in ENTRIES.items() if not choice.penalised},
-    **dict.fromkeys(("sqdf", "sqdf_per_time", "refl", "vidd"), GUESS),
-    "flow_grpo": "divides returns by their spread, which changes the price",
+    **{name: "has no KL penalty, which these problems are about" for name, choice in ENTRIES.items() if not choice.penalised},
+    **dict.fromkeys(("sqdf", "sqdf_per_time", "refl", "vidd"), X0_PREDICTION),
+    "flow_grpo": "divides returns by their spread, which changes the weight of the KL penalty",
     "rwr": "weights paths of the reference, of which almost none matter in these dimensions",
 }
 
@@ -80,7 +80,7 @@ class Budget(NamedTuple):
 LIKELIHOOD_RATIO = Budget(epochs=2, minibatches=16, learning_rate=2e-3)
 TRAJECTORY = Budget(200, batch=256, learning_rate=5e-3)
 MATCHING = Budget(300, batch=256, minibatches=64, learning_rate=2e-3)
-NO_PRICE = Budget(10, minibatches=8, learning_rate=2e-3)
+NO_PENALTY = Budget(10, minibatches=8, learning_rate=2e-3)
 BUDGETS: dict[str, Budget] = {
     "score_as_action": LIKELIHOOD_RATIO,
     "score_as_action_published": LIKELIHOOD_RATIO,
@@ -91,7 +91,7 @@ BUDGETS: dict[str, Budget] = {
     "path_consistency": TRAJECTORY,
     "adjoint_matching": MATCHING,
     "adjoint_matching_bootstrapped": MATCHING,
-    **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PRICE),
+    **dict.fromkeys(("ddpo", "draft", "draft_1", "alignprop", "refl"), NO_PENALTY),
 }
 DEFAULT = Budget()
 RINGS = ("ring_linear", "ring_quadratic")
@@ -128,7 +128,7 @@ def mean_value_action(place: Setup) -> Control:
     return action
 
 
-def discounted_guess_action(place: Setup, discount: Credit) -> Control:
+def discounted_x0_action(place: Setup, discount: Credit) -> Control:
     """Where `sqdf` converges to: `a_ref + w std^2/(lambda psi) grad_x r(x_hat(t, x))`, up to one step's change of it.
 
     `x_hat` is the reference's posterior mean. The discount `w` and `std^2/psi` (in the limit `G^2/B`) are
@@ -139,11 +139,11 @@ def discounted_guess_action(place: Setup, discount: Credit) -> Control:
     objective = cd.Objective(place.sampler, cd.differentiable(problem.reward), problem.kl_weight)
     factors = step.std**2 / step.psi * discount(objective)
 
-    def guess(t, x):
+    def x0_reward(t, x):
         return problem.reward(process.terminal_mean(t, x, problem.reference_action(None, t, x)))
 
     def action(params, t, x, cond=None):
-        pull = jax.grad(lambda x: jnp.sum(guess(t, x)))(x)
+        pull = jax.grad(lambda x: jnp.sum(x0_reward(t, x)))(x)
         factor = jnp.interp(t, ts[:-1], factors) / problem.kl_weight
         return problem.reference_action(None, t, x) + expand(factor, x) * pull
 
@@ -153,8 +153,8 @@ def discounted_guess_action(place: Setup, discount: Credit) -> Control:
 FIXED_POINTS: dict[str, Callable[[Setup], Control]] = {
     "vard": mean_value_action,
     "score_as_action_published": mean_value_action,
-    "sqdf": functools.partial(discounted_guess_action, discount=cd.estimators.discount_per_step(0.9)),
-    "sqdf_per_time": functools.partial(discounted_guess_action, discount=sqdf_discount_per_time),
+    "sqdf": functools.partial(discounted_x0_action, discount=cd.estimators.discount_per_step(0.9)),
+    "sqdf_per_time": functools.partial(discounted_x0_action, discount=sqdf_discount_per_time),
 }
 
 
@@ -212,7 +212,7 @@ def prepared(algorithm: str, problem_name: str, budget: Budget, layout: Layout =
     kl_weight = place.problem.kl_weight if choice.penalised else 0.0
     objective = cd.Objective(place.sampler, cd.differentiable(place.problem.reward), kl_weight)
     value = VALUES.get(algorithm, structured_value)(place)
-    made = choice.make(Settings(objective, value, training, kl_radius=0.01))
+    made = choice.make(AlgorithmSettings(objective, value, training, kl_radius=0.01))
     fixed_point = FIXED_POINTS[algorithm](place) if algorithm in FIXED_POINTS and problem_name in RINGS else None
     return Prepared(measured, made, fixed_point)
 

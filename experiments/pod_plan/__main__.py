@@ -1,12 +1,13 @@
-"""What a run would need on a slice of a TPU pod or on GPUs, from its real programs compiled ahead of time; neither is needed.
+"""Plan a run on a slice of a TPU pod or on GPUs, from its real programs, compiled ahead of time; no TPU or GPU is needed.
 
     python -m experiments.pod_plan --topology v5e:16x16 --batch 32768 --stratified --compiles 3 --out runs/pod_plan
 
-Compiles every program of an iteration for the slice and reads off memory, matrix products, memory traffic and collectives of one
-chip, with loops counted in full; seeks the largest global batch that fits; and does the same for slices of 4 to 256 chips at the same
-batch per chip. Times are those of a roofline: what the chip and its links allow at best, collectives after all else. Rewards, which are
-judged between the programs, are not in them. Without `--stratified` the rows of each minibatch cross the slice, which takes longer the
-larger it is. `--out` gets `metrics.json`, `table.md` and `pod_plan.png`, and a repeated run compiles only what is missing.
+Compiles every program of an iteration for the slice. Reads memory, matrix products, memory traffic and collectives of one chip off
+the compiled programs, with loops counted in full. Looks for the largest global batch that fits, and does the same for slices of 4 to 256
+chips with the same batch per chip. Times are those of a roofline: what the chip and its links allow at best, collectives after
+everything else. They do not include rewards, which are computed between the programs. Without `--stratified` the transitions of each
+minibatch cross the slice, which takes longer the larger it is. `--out` gets `metrics.json`, `table.md` and `pod_plan.png`; a repeated run
+compiles only what is missing.
 """
 
 from ..commandline import execute

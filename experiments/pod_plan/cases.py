@@ -1,4 +1,4 @@
-"""The experiments that `experiments.pod_plan` can plan for: each a function from its settings to a `Case`."""
+"""The experiments that `experiments.pod_plan` can plan for: each a function from its settings to a `PlannedExperiment`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 from ..algorithm_registry import choose
 from ..classifier import Classifier
 from ..digits import experiment as digits
-from ..reward_registry import OF_DIGITS, Settings as RewardSettings
+from ..reward_registry import OF_DIGITS, RewardSettings
 from ..text_to_image.config import Config as TextToImage
 from .config import ExperimentOptions
 from .text_to_image import planned_config, text_to_image_programs
 
 
-class Case(NamedTuple):
+class PlannedExperiment(NamedTuple):
     """An experiment to be compiled.
 
     Attributes:
@@ -48,7 +48,7 @@ def _given(settings: ExperimentOptions, config: type[Any], experiment: str) -> d
     return given
 
 
-def digits_case(settings: ExperimentOptions) -> Case:
+def digits_case(settings: ExperimentOptions) -> PlannedExperiment:
     """`experiments.digits` with its reward "digit"."""
     config = digits.Config(**_given(settings, digits.Config, "digits"))
     shape = (8, 8, 1)
@@ -66,15 +66,18 @@ def digits_case(settings: ExperimentOptions) -> Case:
 
     _, value_params = digits._algorithm(config, model.sampler, reward, kl_weight, ONE_DEVICE)
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (model.params, value_params))
-    return Case(algorithm, shapes[0], shapes[1], config.batch, config.steps)
+    return PlannedExperiment(algorithm, shapes[0], shapes[1], config.batch, config.steps)
 
 
-def text_to_image_case(settings: ExperimentOptions) -> Case:
+def text_to_image_case(settings: ExperimentOptions) -> PlannedExperiment:
     """`experiments.text_to_image`: LoRA of Stable Diffusion 1.5 at 512x512, for a reward on the host."""
     config = planned_config(_given(settings, TextToImage, "text_to_image"))
     algorithm, params, value_params = text_to_image_programs(config)
-    return Case(algorithm, params, value_params, config.batch, config.steps)
+    return PlannedExperiment(algorithm, params, value_params, config.batch, config.steps)
 
 
-EXPERIMENTS: dict[str, Callable[[ExperimentOptions], Case]] = {"digits": digits_case, "text_to_image": text_to_image_case}
+EXPERIMENTS: dict[str, Callable[[ExperimentOptions], PlannedExperiment]] = {
+    "digits": digits_case,
+    "text_to_image": text_to_image_case,
+}
 """By name. Another experiment is another function here."""

@@ -12,12 +12,12 @@ Experiment = Literal["digits", "text_to_image"]
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentOptions:
-    """What an experiment is told; `None` is the experiment's own choice."""
+    """Options of the experiment that is planned for; `None` is its own default."""
 
     algorithm: AlgorithmName | None = None
     """How to fine-tune, by the names of experiments.digits."""
     accumulation: int | None = None
-    """Parts that the rows of an update are worked through in."""
+    """Parts that the transitions of an update are split into."""
     rollouts: int | None = None
     """Parts that the paths of an iteration are sampled in (only text_to_image)."""
     times: int | None = None

@@ -19,7 +19,7 @@ from ctrl_diffusion.parallel import PARAMETERS, Layout, make_mesh
 from ctrl_diffusion.runs.files import write_atomic
 
 from ..commandline import require_at_least, require_known
-from .cases import EXPERIMENTS, Case
+from .cases import EXPERIMENTS, PlannedExperiment
 from .chips import COMPILERS, HOP_SECONDS, Slice, describe, parse_slice, roofline, usual_slices
 from .config import Config as Config
 from .hlo import account, by_kind
@@ -48,7 +48,7 @@ def compiling_with(effort: str) -> Iterator[None]:
             jax.config.update(name, level)
 
 
-def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
+def compile_all(case: PlannedExperiment, where: Slice, fsdp: int, batch: int) -> Row:
     """The programs of an iteration with a global `batch` on a slice: one row of the plan."""
     layout = Layout(make_mesh(fsdp, describe(where)))
     algorithm = case.algorithm(layout, batch)
@@ -74,7 +74,7 @@ def compile_all(case: Case, where: Slice, fsdp: int, batch: int) -> Row:
     return row | {"programs": programs} | _iteration(programs)
 
 
-def _state_bytes(algorithm: cd.algorithms.Algorithm, layout: Layout, case: Case) -> dict[str, int]:
+def _state_bytes(algorithm: cd.algorithms.Algorithm, layout: Layout, case: PlannedExperiment) -> dict[str, int]:
     """What a chip has of the state that lasts from iteration to iteration, bytes."""
     state = jax.eval_shape(algorithm.init, case.params, case.value_params)
 
@@ -211,7 +211,7 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError(
             f"batch={batch} does not fit {where.name}: {main_row['refused']}. Use a smaller batch or more accumulation."
         )
-    limit = max(batch, 2**31 // max(case.intervals, 1) - 1)  # rows are numbered with 32 bits
+    limit = max(batch, 2**31 // max(case.intervals, 1) - 1)  # transitions are numbered with 32 bits
     search = largest_batch(lambda size: cell(where, size), batch, limit, config.compiles)
     weak = [cell(other, batch * other.chips // where.chips) for other in chosen]
     scaling = [row for row in weak if row["peak_bytes"] is not None]

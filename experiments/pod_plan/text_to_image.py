@@ -12,7 +12,7 @@ from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from ..random_model.writer import SIZES
-from ..text_to_image.checks import price, read_prompts
+from ..text_to_image.checks import kl_weight_of, read_prompts
 from ..text_to_image.config import Config
 from ..text_to_image.parts import Parts, make_algorithm, make_sampler, network_options
 
@@ -60,6 +60,6 @@ def text_to_image_programs(config: Config, size: str = "sd15") -> tuple[Any, Any
         return make_algorithm(dataclasses.replace(config, batch=batch), parts, sampler, layout)[0]
 
     _, value_params = make_algorithm(config, parts, sampler, ONE_DEVICE)
-    assert price(config) >= 0
+    assert kl_weight_of(config) >= 0
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (parts.params, value_params))
     return algorithm, *shapes

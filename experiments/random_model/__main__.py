@@ -1,9 +1,8 @@
-"""Text-to-image models with random weights, in the real folder format: in miniature, which is what `--model tiny-random` stands for,
-and in the size of Stable Diffusion 1.5.
+"""Write a Stable Diffusion with random weights, in the folder format of a real one: tiny, or of the size of Stable Diffusion 1.5.
 
     python -m experiments.random_model --size sd15 --out models/random-sd15
 
-Their images mean nothing; everything else is as with a real model, through the same code.
+Its images mean nothing; otherwise it is used like a real model. `--model tiny-random` of other commands is the tiny one.
 """
 
 from ..commandline import execute

@@ -2,12 +2,11 @@
 
     python -m experiments.solver_cost --out runs/solver_cost
 
-Every solver is measured with the network of `experiments.digits` and with a trivial one, forward and (network only) for
-gradients against scan + remat. The scan's step has the stages, the memory of past controls, the correction and the noise of the
-method, as anybody would write them with coefficients computed beforehand. A ratio that exceeds its target is followed by the ratio
-to a scan over the solver's own step, in brackets: what the library's loop adds, whatever the step does. The two sides of a pair run
-in turn; a ratio is the median over pairs. `--out` gets `metrics.json` and `table.md`, and a repeated run takes up where the last one
-stopped.
+Every solver is measured with the network of `experiments.digits` and with a trivial one; gradients, with the first network only, are
+compared with those of a rematerialised scan. The scan's step has the stages, the past controls, the correction and the noise of the
+method, with coefficients computed beforehand. The two sides of a pair run in turn; a ratio is the median over pairs. A ratio above its
+target is followed by another one in brackets: to a scan over the solver's own step, which leaves only what the library's loop adds.
+`--out` gets `metrics.json` and `table.md`; a repeated run continues where the last one stopped.
 """
 
 from ..commandline import execute

@@ -8,7 +8,7 @@ from ..names import SolverKind
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the benchmark; the defaults are those of the requirement."""
+    """Sizes of the measurement."""
 
     out: Path | None = None
     """Folder for `metrics.json` and `table.md` (default: print only)."""

@@ -7,8 +7,8 @@ Gaussian data, against a fine eighth-order solution and the closed form. SDE sol
 variance of the endpoint on Gaussian data, without Monte Carlo (the chain is affine). Adaptive steps on a Brownian tree: root mean
 square distance to a fine solution on the same path.
 
-The folder gets `metrics.json`, `table.md` and `solvers.png`. A repeated run takes up where the last one stopped, and says so where
-nothing is left to do. `ratio_to_scan` is measured by `experiments.solver_cost`, whose own command measures it with more repeats.
+The folder gets `metrics.json`, `table.md` and `solvers.png`. A repeated run continues where the last one stopped. `ratio_to_scan` is
+measured as in `experiments.solver_cost`, with fewer repeats.
 """
 
 from ..commandline import execute

@@ -1,10 +1,10 @@
-"""Fine-tune Stable Diffusion for a reward, from a folder of its own files, and give LoRA back to where people generate.
+"""Fine-tune Stable Diffusion for a reward, from its published files, and write LoRA files that other programs read.
 
     python -m experiments.text_to_image --out runs/text_to_image
     python -m experiments.text_to_image --model stable-diffusion-v1-5 --reward aesthetic --prompts prompts.txt --out runs/aesthetic
 
-The first command tries everything out on a tiny random model. `--settings NAME`, given first, starts from the settings of a paper;
-see docs/text_to_image.md. Running the same command again resumes the run, or says that it is finished.
+The first command tries everything out on a tiny random model. `--settings NAME` starts from the settings of a paper: see
+docs/text_to_image.md. Running the same command again resumes the run, or says that it is finished.
 """
 
 import dataclasses

@@ -30,9 +30,9 @@ def check(config: Config) -> None:
     if config.reward_weights and len(config.reward_weights) != len(config.reward):
         raise ValueError(f"reward_weights={config.reward_weights} must be one for each of reward={config.reward}.")
     if config.kl_weight is not None and not config.kl_weight >= 0:
-        raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the price of a nat of path KL.")
+        raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the weight of the KL penalty.")
     if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).penalised:
-        raise ValueError("kl_weight=None: a reward of your own has no default price; set it, in reward units per nat.")
+        raise ValueError("kl_weight=None: a reward of your own has no default; set it, in reward units per nat.")
     if not config.eta > 0:
         raise ValueError(
             f"eta={config.eta} must be positive: without noise a policy does not explore, and its path KL is infinite."
@@ -64,8 +64,8 @@ def check(config: Config) -> None:
         )
 
 
-def price(config: Config) -> float:
-    """The temperature, reward units per nat."""
+def kl_weight_of(config: Config) -> float:
+    """The weight of the KL penalty, reward units per nat: that of the settings, or the default."""
     if config.kl_weight is not None:
         return config.kl_weight
     return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).penalised else 0.0

@@ -48,12 +48,12 @@ class Config:
     algorithm: AlgorithmName = "score_as_action"
     """How to fine-tune: any algorithm of experiments.digits."""
     kl_weight: float | None = None
-    """Temperature lambda: price of path KL in reward units per nat. Default: that of the first reward, and 0 for ddpo, draft, draft_1,
-    alignprop, refl, which are published without a price."""
+    """Weight lambda of the KL penalty (the temperature), reward units per nat of path KL. Default: that of the first reward; 0 for ddpo,
+    draft, draft_1, alignprop, refl, which are published without a KL penalty."""
     guidance: float = 5.0
     """Weight of classifier-free guidance, part of the policy; 1 is none."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """Prompt that guidance leads away from."""
     steps: int = 20
     """Timesteps of the sampler, spaced as the model's scheduler says."""
     eta: float = 1.0
@@ -85,7 +85,7 @@ class Config:
     samples_per_prompt: int = 4
     """Images of one prompt in an iteration, among which returns are compared."""
     rollouts: int = 1
-    """Parts that the images of an iteration are sampled in, one after the other: less memory."""
+    """Sample the images of an iteration in so many parts, one after the other: less memory."""
     times: int | None = None
     """Timesteps of every path that are trained on, drawn anew in every iteration (default: all)."""
     epochs: int = 1
@@ -93,17 +93,17 @@ class Config:
     minibatches: int = 4
     """Updates per pass."""
     accumulation: int = 1
-    """Parts that the rows of an update are worked through in: less memory, the same update."""
+    """Split the transitions of an update into so many parts, one after the other: less memory, the same update."""
     stratified: bool = False
-    """Deal each group of consecutive rows out to the minibatches instead of shuffling all: nothing moves between devices."""
+    """Deal each group of consecutive transitions out to the minibatches instead of shuffling all: nothing moves between devices."""
     scan_minibatches: bool = False
-    """Make a pass over the minibatches one program: one program less to wait for, which short updates notice."""
+    """Run a pass over the minibatches as one program: faster where updates are short."""
     learning_rate: float = 3e-4
     """Adam learning rate of the policy."""
     value_learning_rate: float = 1e-3
     """Adam learning rate of the value network."""
     value: Literal["plain", "structured"] = "plain"
-    """The value network alone, or added to the reward of the decoded guess at every timestep (as published for Score as Action)."""
+    """The value network alone, or added to the reward of the decoded x0 prediction at every timestep (as published for Score as Action)."""
     clip: float | tuple[float, float] | None = None
     """The likelihood ratio of a step is clipped to 1 +- clip (default: 0.2; inf: not clipped), where an algorithm has one; two numbers are
     how far below and above 1 it may go."""
@@ -115,17 +115,17 @@ class Config:
     kl_budget: float | None = None
     """Stop when the samples' path KL to the original model exceeds this many nats."""
     average: float | None = None
-    """Decay per update of a running average of the parameters, which is then evaluated and saved (default: none)."""
+    """Evaluate and save a running average of the parameters, with this decay per update, as 0.99 (default: no average)."""
     decode_chunk: int = 8
-    """Images that are decoded and judged together, of all devices: a multiple of their number keeps all of them busy."""
+    """Images that are decoded and rewarded together, of all devices: a multiple of their number keeps all of them busy."""
     evaluation_samples: int = 32
-    """Images of each evaluation, of the training prompts and of those held out: at least two of each, of as many prompts as that leaves."""
+    """Images of each evaluation, for the training prompts and again for those held out: at least two per prompt."""
     evaluate_every: int = 10
     """Iterations between evaluations."""
     evaluation_solvers: tuple[SolverName, ...] = ("DPMSolverPP2M",)
     """Solvers of the probability-flow ODE that the result is evaluated with at the end, at `steps`."""
     evaluation_steps: tuple[int, ...] = (10,)
-    """Other numbers of timesteps that the result is evaluated at at the end."""
+    """Other numbers of timesteps that the result is evaluated with at the end."""
     checkpoint_every: int = 5
     """Iterations between checkpoints, each with its LoRA."""
     seed: int = 0

@@ -17,7 +17,7 @@ from ctrl_diffusion.parallel import Layout, whole
 from ctrl_diffusion.runs import Evaluator, RunDirectory, Samples, describe, exists_for_all, finetune, is_first
 from ctrl_diffusion.runs.files import write_arrays
 
-from .checks import check, digest_of_prompts, price
+from .checks import check, digest_of_prompts, kl_weight_of
 from .config import Config as Config
 from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .report import write_gallery
@@ -50,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     parts = load_parts(config, layout)
     sampler = make_sampler(config, parts, steps=config.steps, eta=config.eta)
     algorithm, value_params = make_algorithm(config, parts, sampler, layout)
-    count, kl_weight = sum(leaf.size for leaf in jax.tree.leaves(parts.params)), price(config)
+    count, kl_weight = sum(leaf.size for leaf in jax.tree.leaves(parts.params)), kl_weight_of(config)
     print(
         f"[1/3] {parts.trained} prompts, {parts.held_out} held out; {count:,} parameters are trained, latents {sampler.shape}; "
         f"{config.algorithm} for {parts.reward.name!r} at {kl_weight:g} per nat"

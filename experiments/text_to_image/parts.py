@@ -16,12 +16,12 @@ from ctrl_diffusion.parallel import Layout
 from ctrl_diffusion.runs import is_first, wait_for_all
 
 from .. import algorithm_registry as registry
-from ..algorithm_registry import Settings, choose, require_gradient
+from ..algorithm_registry import AlgorithmSettings, choose, require_gradient
 from ..random_model.config import TINY, Config as RandomModel
 from ..random_model.writer import write_random_model
-from ..reward_registry import Settings as RewardSettings, make_reward
+from ..reward_registry import RewardSettings, make_reward
 from ..solver_registry import SOLVERS
-from .checks import price, read_prompts
+from .checks import kl_weight_of, read_prompts
 from .config import Config
 
 
@@ -76,9 +76,9 @@ def load_parts(config: Config, layout: Layout) -> Parts:
     params = jax.tree.map(lambda v: v, params)  # apart from the network, which results are put into
     contexts = sd.encode_prompts(model, [*prompts, *held_out, config.negative_prompt])
     decode = sd.decoder(model.vae, config.decode_chunk)
-    judging = RewardSettings(prompts=[*prompts, *held_out], folder=config.reward_folder, chunk=config.decode_chunk)
-    judged = make_reward(config.reward, config.reward_weights, judging)
-    reward = cd.seen_through(decode, judged, chunk=config.decode_chunk)
+    reward_settings = RewardSettings(prompts=[*prompts, *held_out], folder=config.reward_folder, chunk=config.decode_chunk)
+    of_images = make_reward(config.reward, config.reward_weights, reward_settings)
+    reward = cd.seen_through(decode, of_images, chunk=config.decode_chunk)
     require_gradient(config.algorithm, reward)
     return Parts(
         model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts[:-1], contexts[-1], decode, reward
@@ -142,7 +142,7 @@ def latent_shape(config: Config, model: sd.StableDiffusion) -> tuple[int, int, i
 def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     prompts = sd.drawn_prompts(parts.trained, config.samples_per_prompt)
-    objective = cd.Objective(sampler, parts.reward, price(config), conditions=prompts)
+    objective = cd.Objective(sampler, parts.reward, kl_weight_of(config), conditions=prompts)
     network = sd.LatentValue(sampler.shape[-1], parts.trained, rngs=nnx.Rngs(config.seed + 1))
     value_fn, value_params = cd.value_network(network)
     form = cd.StructuredValue if config.value == "structured" else cd.PlainValue
@@ -154,7 +154,7 @@ def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: La
         config.average, config.stratified, config.scan_minibatches,
     )  # fmt: skip
     choice = choose(config.algorithm)
-    algorithm = registry.make_algorithm(config.algorithm, Settings(objective, value, training), config)
+    algorithm = registry.make_algorithm(config.algorithm, AlgorithmSettings(objective, value, training), config)
     return algorithm, value_params if choice.learns_value else ()
 
 

@@ -129,7 +129,7 @@ MEANINGS = {
     "trained_parameters": "numbers that were trained",
     "network_evaluations": "network calls of fine-tuning on one image, without gradient (guidance makes two of each)",
     "network_gradient_evaluations": "network calls of fine-tuning on one image, with gradient",
-    "reward_evaluations": "images that the reward has judged in fine-tuning",
+    "reward_evaluations": "images that the reward was evaluated on in fine-tuning",
     "finetune_seconds": "fine-tuning, evaluations excluded, s",
     "wall_seconds": "the command in all, since it was last started, s",
 }

@@ -52,7 +52,7 @@ PUBLISHED: dict[str, Published] = {
             samples_per_prompt=1, kl_weight=sqdf_kl_weight(2.0, LATENTS), times=1, minibatches=1, accumulation=4,
             iterations=240,
         ),
-        "The guess of the final state is the posterior mean; the paper's is a step of a consistency model. The buffer holds eight "
+        "The x0 prediction is the posterior mean; the paper's is a step of a consistency model. The buffer holds eight "
         "batches (512 paths; the paper: 1024). Adam without its weight decay of 1e-4.",
         "Aesthetic score 7.87 in its black-box setting, with 15,360 calls of the reward.",
     ),
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, Published] = {
             reward=("jpeg_compressibility",), algorithm="vard", guidance=5.0, learning_rate=3e-4, batch=64, samples_per_prompt=1,
             kl_weight=0.01, times=5, minibatches=4, accumulation=5, iterations=100,
         ),
-        "A reconstruction: the paper's loss and constants are not public in code, so that learning rates, batch and price are ours.",
+        "A reconstruction: the paper's loss and constants are not public in code, so that learning rates, batch and KL weight are ours.",
         "None that these settings could be held to.",
     ),
     "ddpo": Published(

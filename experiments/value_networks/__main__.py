@@ -1,4 +1,4 @@
-"""What a value network should look like, and what it should be regressed on: error to the exact value, one factor at a time.
+"""Compare forms, inputs, targets and losses of value networks by their error to the exact value, one factor at a time.
 
     python -m experiments.value_networks --out runs/value_networks            a ring of Gaussians and the digits
     python -m experiments.value_networks --quick --out runs/quick             five variants on the ring

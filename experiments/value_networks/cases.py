@@ -24,8 +24,8 @@ from ctrl_diffusion.solvers import power
 from .. import data as datasets
 from ..classifier import train_classifier
 from ..exact.setup import PROBLEMS as EXACT
-from ..reward_registry import OF_DIGITS, Settings
-from .fit import Case, Exact, HeldOut, Law, take_paths
+from ..reward_registry import OF_DIGITS, RewardSettings
+from .fit import ExactValues, HeldOut, Law, ProblemData, take_paths
 
 
 class Size(NamedTuple):
@@ -97,22 +97,22 @@ def ring(objective: cd.Objective, problem: MixtureControl, size: Size, optimal: 
     some, noisy = draw(jax.random.fold_in(key, 1_000_003), paths)
     some, noisy = take_paths(some, jnp.arange(size.states)), noisy[:, : size.states]
     j = jnp.arange(0, objective.intervals, 5)
-    exact = Exact(*(jax.jit(jax.vmap(f))(ts[j], some.x[j]) for f in (problem.value, mean)))
+    exact = ExactValues(*(jax.jit(jax.vmap(f))(ts[j], some.x[j]) for f in (problem.value, mean)))
     held_out = HeldOut(j, some.x[j], some.x_hat[j], some.r_hat[j], noisy[j], exact, jax.tree.map(jnp.zeros_like, exact))
     return Law(rollout, r_noisy, held_out)
 
 
-def ring_case(name: str) -> Callable[[RunDirectory, Size, Layout], Case]:
+def ring_case(name: str) -> Callable[[RunDirectory, Size, Layout], ProblemData]:
     """A ring of `experiments.exact` on 200 steps that shrink towards the data, `t1 - t = (t1 - t0)(1 - i/n)^2`."""
 
-    def make(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> Case:
+    def make(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> ProblemData:
         problem = EXACT[name]()
         assert isinstance(problem, MixtureControl)
         process = problem.process
         grid = power(process.t0, process.t1, RING_STEPS, 2.0)
         sampler = cd.Sampler(process, problem.reference_action, problem.shape, grid=grid)
         objective = cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight)
-        return Case(objective, 64, 64, *(ring(objective, problem, size, optimal) for optimal in (False, True)))
+        return ProblemData(objective, 64, 64, *(ring(objective, problem, size, optimal) for optimal in (False, True)))
 
     return make
 
@@ -148,7 +148,7 @@ def continuations(objective: cd.Objective, params, j: Int[Array, ""], x: Float[A
 
 def nested(
     objective: cd.Objective, params, j: Int[Array, " k"], x: Float[Array, "k b *x"], n: int, layout: Layout = ONE_DEVICE
-) -> tuple[Exact, Exact]:
+) -> tuple[ExactValues, ExactValues]:
     """`V*` and the mean reward to go of the chain at states of intervals `j`, each from `n` continuations; squared errors.
 
     Continuations are divided over the devices.
@@ -171,10 +171,10 @@ def nested(
         r = jnp.concatenate(parts)
         found.append((*log_mean_exp(r, objective.kl_weight), jnp.mean(r, axis=1), jnp.var(r, axis=1, ddof=1) / n))
     soft, soft_noise, mean, mean_noise = (jnp.stack(column) for column in zip(*found))
-    return Exact(soft, mean), Exact(soft_noise, mean_noise)
+    return ExactValues(soft, mean), ExactValues(soft_noise, mean_noise)
 
 
-def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> Case:
+def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE) -> ProblemData:
     """A small unconditional model of the digits; the reward is the log-probability of the digit 3; paths of the reference chain."""
     images = datasets.digits()
     assert images.y is not None
@@ -189,7 +189,7 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
         directory, model, jnp.asarray(images.x), jax.random.key(2), steps=size.pretrain_steps, batch=256, learning_rate=2e-3,
         layout=layout,
     )  # fmt: skip
-    objective = cd.Objective(model.sampler, choice.make(Settings(log_probabilities, 3)), choice.kl_weight)
+    objective = cd.Objective(model.sampler, choice.make(RewardSettings(log_probabilities, 3)), choice.kl_weight)
     params, sampler, reward = jax.tree.map(jnp.asarray, whole(model.params)), model.sampler, objective.reward.fn
 
     @jax.jit
@@ -214,10 +214,10 @@ def digits_case(directory: RunDirectory, size: Size, layout: Layout = ONE_DEVICE
     file = directory.path / "nested.npz"
     exact, noise = _kept(file, lambda: nested(objective, params, j, some.x[j], size.continuations, layout))
     held_out = HeldOut(j, some.x[j], some.x_hat[j], some.r_hat[j], noisy[j], exact, noise)
-    return Case(objective, 128, 256, Law(stacked, r_noisy, held_out))
+    return ProblemData(objective, 128, 256, Law(stacked, r_noisy, held_out))
 
 
-def _kept(file: Path, make: Callable[[], tuple[Exact, Exact]]) -> tuple[Exact, Exact]:
+def _kept(file: Path, make: Callable[[], tuple[ExactValues, ExactValues]]) -> tuple[ExactValues, ExactValues]:
     """The estimates of a file, made and written if it is not there."""
     if not exists_for_all(file):
         exact, noise = make()
@@ -227,22 +227,22 @@ def _kept(file: Path, make: Callable[[], tuple[Exact, Exact]]) -> tuple[Exact, E
         wait_for_all("estimates are written")
     with np.load(file) as found:
         soft, mean, soft_noise, mean_noise = (jnp.asarray(found[k]) for k in ("soft", "mean", "soft_noise", "mean_noise"))
-    return Exact(soft, mean), Exact(soft_noise, mean_noise)
+    return ExactValues(soft, mean), ExactValues(soft_noise, mean_noise)
 
 
-class Problem(NamedTuple):
+class ProblemChoice(NamedTuple):
     """How a problem is made, iterations of training, and which variants would say nothing new on it, with the reason."""
 
-    make: Callable[[RunDirectory, Size, Layout], Case]
+    make: Callable[[RunDirectory, Size, Layout], ProblemData]
     iterations: int
     left_out: dict[str, str]
 
 
 _UNKNOWN = "the optimal action is not known"
-PROBLEMS: dict[str, Problem] = {
-    "ring_linear": Problem(ring_case("ring_linear"), 240, {}),
-    "ring_quadratic": Problem(ring_case("ring_quadratic"), 240, {}),
-    "digits": Problem(
+PROBLEMS: dict[str, ProblemChoice] = {
+    "ring_linear": ProblemChoice(ring_case("ring_linear"), 240, {}),
+    "ring_quadratic": ProblemChoice(ring_case("ring_quadratic"), 240, {}),
+    "digits": ProblemChoice(
         digits_case,
         120,
         {

@@ -43,4 +43,4 @@ class Config:
     pretrain_steps: int = 1500
     """Optimiser steps of pre-training on the digits."""
     devices: Devices = Devices()
-    """Devices that share the rows of every update, and the paths that exact values of the digits are estimated from."""
+    """Devices that share the transitions of every update, and the paths that exact values of the digits are estimated from."""

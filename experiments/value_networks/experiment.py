@@ -8,7 +8,7 @@ from ctrl_diffusion.runs import ProgressBar, Results, RunDirectory, describe, is
 from ..commandline import require_at_least, require_known
 from .cases import PROBLEMS, Size
 from .config import Config as Config
-from .fit import Budget, Case, learn
+from .fit import FitBudget, ProblemData, learn
 from .report import summary, write_report
 from .variants import BY_NAME
 
@@ -52,15 +52,15 @@ def run(config: Config) -> dict[str, Any]:
     directory = RunDirectory(config.out, {name: v for name, v in settings.items() if name not in ("out", "devices")})
     if (finished := directory.finished("table.md")) is not None:
         return finished
-    print(describe(layout, rows=Budget(1).rows))
+    print(describe(layout, transitions=FitBudget(1).transitions))
     results = Results(config.out / "units")
     missing = [unit for unit in todo if not results.has(unit.name)]
-    cases: dict[str, Case] = {}
+    cases: dict[str, ProblemData] = {}
     with ProgressBar(len(todo), "units", "unit", done=len(todo) - len(missing)) as bar:
         for unit in missing:
             if unit.problem not in cases:
                 cases = {unit.problem: PROBLEMS[unit.problem].make(directory, _size(config), layout)}  # one at a time in memory
-            result = learn(cases[unit.problem], BY_NAME[unit.variant], Budget(unit.iterations), layout)
+            result = learn(cases[unit.problem], BY_NAME[unit.variant], FitBudget(unit.iterations), layout)
             results.keep(unit.name, {"problem": unit.problem, "variant": unit.variant} | result)
             bar.update(note=unit.name)
     directory.close()

@@ -17,7 +17,7 @@ from ctrl_diffusion.rollout import Rollout, Transitions, over_paths
 from .variants import Variant
 
 
-class Exact(NamedTuple):
+class ExactValues(NamedTuple):
     """The soft value `V*` and the mean `E[r(X_T) | x]` at held-out states, or their squared standard errors."""
 
     soft: Float[Array, "k b"]
@@ -25,7 +25,7 @@ class Exact(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """States to judge by, of intervals `j`: guesses of the final state, rewards of guesses and of the states, exact values.
+    """Held-out states of intervals `j`: their x0 predictions `x_hat`, rewards of these and of the states, exact values.
 
     `noise` holds the squared standard errors of `exact`, zero for closed forms.
     """
@@ -35,19 +35,19 @@ class HeldOut(NamedTuple):
     x_hat: Float[Array, "k b *x"]
     r_hat: Float[Array, "k b"]
     r_noisy: Float[Array, "k b"]
-    exact: Exact
-    noise: Exact
+    exact: ExactValues
+    noise: ExactValues
 
 
 class Law(NamedTuple):
-    """Paths to train on, with a leading axis of seeds `S`, rewards `r(x)` of their states, and states to judge by."""
+    """Paths to train on, with a leading axis of seeds `S`, rewards `r(x)` of their states, and held-out states."""
 
     rollout: Rollout
     r_noisy: Float[Array, "S n b"]
     held_out: HeldOut
 
 
-class Case(NamedTuple):
+class ProblemData(NamedTuple):
     """A problem with its paths, the width of value networks and how many paths an iteration takes.
 
     `optimum` is None where the optimal action is not known.
@@ -60,17 +60,17 @@ class Case(NamedTuple):
     optimum: Law | None = None
 
 
-class Budget(NamedTuple):
-    """Iterations of `updates` updates on `rows` states each; the error is measured `evaluations` times, evenly."""
+class FitBudget(NamedTuple):
+    """Iterations of `updates` updates on `transitions` each; the error is measured `evaluations` times, evenly."""
 
     iterations: int
     evaluations: int = 16
     updates: int = 8
-    rows: int = 512
+    transitions: int = 512
     learning_rate: float = 2e-3
 
 
-class Learned(NamedTuple):
+class FitState(NamedTuple):
     """What changes while a value is learned."""
 
     params: Any
@@ -82,13 +82,13 @@ def take_paths(rollout: Rollout, chosen: Int[Array, " p"]) -> Rollout:
     return over_paths(lambda axis, v: jnp.take(v, chosen, axis=axis), rollout)
 
 
-def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
+def learn(case: ProblemData, variant: Variant, budget: FitBudget, layout: Layout = ONE_DEVICE) -> dict[str, Any]:
     """Train one variant, all seeds at once, and measure it before, on the way and at the end.
 
-    The rows of an update are divided over the devices of `layout`; all of them have everything else.
+    The transitions of an update are divided over the devices of `layout`; all of them have everything else.
 
     Every seed has its own initial parameters and paths, the same for all variants. An iteration draws paths, computes targets by
-    the present value, and makes its updates on rows of them in random order. Adam with a cosine decay to 2 %, gradients clipped
+    the present value, and makes its updates on their transitions in random order. Adam with a cosine decay to 2 %, gradients clipped
     at norm 10.
 
     Returns lists: `updates [e]`, `t [k]`; `square_soft`, `square_own [S, e, k]`: mean squares over held-out states of the value
@@ -100,9 +100,9 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
     law, objective = layout.put(variant.law(case), layout.replicated), case.objective
     best = case.optimum and layout.put(case.optimum.held_out, layout.replicated)
     sampler, n, seeds = objective.sampler, objective.intervals, law.r_noisy.shape[0]
-    if n * case.paths < budget.updates * budget.rows:
+    if n * case.paths < budget.updates * budget.transitions:
         raise ValueError(
-            f"{budget.updates} updates on {budget.rows} states need more than {case.paths} paths of {n} intervals."
+            f"{budget.updates} updates on {budget.transitions} transitions need more than {case.paths} paths of {n} intervals."
         )
     shape = (sampler.shape, ())
     networks = [cd.value_network(cd.ResidualMLP(*shape, width=case.width, depth=2, rngs=nnx.Rngs(s))) for s in range(seeds)]
@@ -115,24 +115,24 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
         rollouts = rollouts._replace(r_hat=law.r_noisy)
     own, own_noise = variant.converges_to(held.exact), variant.converges_to(held.noise)
 
-    def iteration(state: Learned, rollout: Rollout, key, i) -> Learned:
-        key_paths, key_rows = jax.random.split(jax.random.fold_in(key, i))
+    def iteration(state: FitState, rollout: Rollout, key, i) -> FitState:
+        key_paths, key_order = jax.random.split(jax.random.fold_in(key, i))
         some = take_paths(rollout, jax.random.randint(key_paths, (case.paths,), 0, len(rollout.reward)))
         target = critic.targets(objective, some, critic.values(state.params, some))
-        order = jax.random.permutation(key_rows, n * case.paths)[: budget.updates * budget.rows]
+        order = jax.random.permutation(key_order, n * case.paths)[: budget.updates * budget.transitions]
 
-        def update(state: Learned, index):
+        def update(state: FitState, index):
             at = index // case.paths, index % case.paths
             x, x_hat, r_hat, goal = (v[at] for v in (some.x, some.x_hat, some.r_hat, target))
             at, x, x_hat, r_hat, goal = layout.constrain((at, x, x_hat, r_hat, goal), layout.batch)
-            rows = Transitions(at[0], x, jnp.ones_like(goal), x_hat=x_hat, r_hat=r_hat, value_target=goal)
-            gradient = jax.grad(critic.error)(state.params, objective, rows)
+            some_transitions = Transitions(at[0], x, jnp.ones_like(goal), x_hat=x_hat, r_hat=r_hat, value_target=goal)
+            gradient = jax.grad(critic.error)(state.params, objective, some_transitions)
             change, opt = optimizer.update(gradient, state.optimizer, state.params)
-            return Learned(optax.apply_updates(state.params, change), opt), None
+            return FitState(optax.apply_updates(state.params, change), opt), None
 
-        return jax.lax.scan(update, state, order.reshape(budget.updates, budget.rows))[0]
+        return jax.lax.scan(update, state, order.reshape(budget.updates, budget.transitions))[0]
 
-    def fit(state: Learned, rollout: Rollout, key, start, stop) -> Learned:
+    def fit(state: FitState, rollout: Rollout, key, start, stop) -> FitState:
         return jax.lax.fori_loop(start, stop, lambda i, s: iteration(s, rollout, key, i), state)
 
     def squares(params, held: HeldOut, own):
@@ -143,8 +143,8 @@ def learn(case: Case, variant: Variant, budget: Budget, layout: Layout = ONE_DEV
     fit = jax.jit(jax.vmap(fit, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
     measure = jax.jit(jax.vmap(squares, in_axes=(0, None, None)))
     keys = cd.sample_keys(jax.random.key(5), seeds)
-    layout.check_batch("rows of an update", budget.rows)
-    state = Learned(params, jax.vmap(optimizer.init)(params))
+    layout.check_batch("transitions of an update", budget.transitions)
+    state = FitState(params, jax.vmap(optimizer.init)(params))
     state, keys = layout.put((state, keys), layout.replicated)
     marks = np.linspace(0, budget.iterations, budget.evaluations + 1).astype(int).tolist()
     found = [measure(state.params, held, own)]

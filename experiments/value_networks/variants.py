@@ -44,7 +44,7 @@ class Variant(NamedTuple):
         form: `(network, t0, t1) -> value`.
         critic: `value -> critic`.
         noisy_reward: the reward branch sees the state `x` itself, `r(x)`, instead of its posterior mean, `r(x_hat)`.
-        law: whose states it is trained and judged on: the `reference` or the `optimum` of a case.
+        law: whose states it is trained and evaluated on: the `reference` or the `optimum` of a case.
         converges_to: the exact value that its loss is smallest at: `soft` or `mean`.
     """
 
