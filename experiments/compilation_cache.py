@@ -1,4 +1,4 @@
-"""Compiled programs are kept in a folder of the user's, so that a second start compiles nothing."""
+"""Keep compiled programs in a folder of the user, so that a second start compiles nothing."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ SHORTEST = 0.1  # seconds of compilation from which on a program is kept
 
 
 def default_folder() -> Path:
-    """Of this version of jaxlib and this processor: programs for CPUs hold instructions that another one may not have."""
+    """The folder for this version of jaxlib and this processor: programs for a CPU may hold instructions that another CPU lacks."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "ctrl_diffusion" / f"jaxlib-{jaxlib.version.__version__}-{_processor()}"
 
@@ -20,8 +20,8 @@ def default_folder() -> Path:
 def keep_compiled_programs() -> None:
     """Have JAX keep what it compiles in `default_folder()`.
 
-    What the user says comes first: `JAX_COMPILATION_CACHE_DIR` is another folder, `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
-    A home folder that cannot be written to is no error: then nothing is kept.
+    The user's settings come first: `JAX_COMPILATION_CACHE_DIR` is another folder, `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
+    If the folder cannot be made, nothing is kept; that is no error.
     """
     said = jax.config.values
     if not said["jax_enable_compilation_cache"] or said["jax_compilation_cache_dir"] is not None:

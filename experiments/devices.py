@@ -14,7 +14,7 @@ class Devices:
     count: int | None = None
     """How many to use (default: all that there are)."""
     fsdp: int = 1
-    """So many devices share one copy of the parameters and of the optimiser's state (1: each has a copy of its own)."""
+    """Number of devices that share one copy of the parameters and of the optimiser's state (1: each has its own copy)."""
     distributed: bool = False
     """Join the processes that run this command, one on each host. On TPU pods, under SLURM, Open MPI and Kubernetes they find
     each other; elsewhere give the three options below."""
@@ -26,7 +26,7 @@ class Devices:
     """Number of this process, from 0."""
 
     def start(self) -> "Layout":
-        """Join the other processes, if so asked, and lay out a mesh. Call it before anything else."""
+        """Join the other processes if `distributed`, and lay out a mesh. Call it before JAX uses a device."""
         from ctrl_diffusion.runs import start_devices  # not before options are read: it loads JAX
 
         return start_devices(

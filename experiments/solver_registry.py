@@ -9,6 +9,8 @@ import optimistix as optx
 from ctrl_diffusion import solvers as cds
 from ctrl_diffusion.predictions import EPSILON, X0, Prediction
 
+from .commandline import require_known
+
 ODE, SDE, ADAPTIVE, IMPLICIT = KINDS = ("ODE", "SDE", "adaptive", "implicit")
 Make = Callable[[Any, int], dfx.AbstractSolver]  # make(path, steps)
 
@@ -175,7 +177,5 @@ SOLVERS: dict[str, SolverChoice] = {
 
 def as_choices(names: Sequence[str]) -> dict[str, SolverChoice]:
     """The solvers of these names; `ValueError` for unknown ones."""
-    unknown = [name for name in names if name not in SOLVERS]
-    if unknown:
-        raise ValueError(f"solvers: {unknown[0]!r} is not one of {', '.join(SOLVERS)}.")
+    require_known("solvers", names, SOLVERS)
     return {name: SOLVERS[name] for name in names}

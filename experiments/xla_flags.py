@@ -1,4 +1,4 @@
-"""Settings of the compiler that the commands choose, where the user has not."""
+"""Flags of XLA that the commands set, unless the user has."""
 
 import os
 
@@ -13,8 +13,8 @@ FROM, BEFORE = (0, 10), (0, 13)
 def faster_convolutions(version: tuple[int, ...] = jaxlib.version.__version_info__) -> None:
     """Have XLA compute convolutions on CPUs by Eigen, not YNNPACK: 1.4 times as fast for a small U-Net with jaxlib 0.10.
 
-    That is jaxlib 0.10's default without convolutions, so that no other program changes, nor one for another device. It goes into the
-    environment variable `XLA_FLAGS`, which is read when JAX first uses a device; what is said about YNNPACK there is left as it is.
+    This is the default of jaxlib 0.10 without convolutions: other programs, and programs for other devices, do not change. The flag goes
+    into the environment variable `XLA_FLAGS`, which JAX reads when it first uses a device. If `XLA_FLAGS` already has it, nothing changes.
     """
     said = os.environ.get("XLA_FLAGS", "")
     if FROM <= version[:2] < BEFORE and YNNPACK not in said:

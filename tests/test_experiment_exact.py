@@ -79,7 +79,7 @@ def test_the_overview_has_means_over_seeds_and_gaps_where_there_are_none():
 def test_what_does_not_apply_has_a_reason():
     assert all(why_not(a, p) is None for a in ENTRIES for p in DIFFUSION)
     assert "posterior mean" in str(why_not("sqdf", "double_well"))
-    with pytest.raises(ValueError, match="no algorithm of this selection applies"):
+    with pytest.raises(ValueError, match="none of these algorithms applies"):
         leaderboard.units(leaderboard.Config(algorithms=("sqdf",), problems=("linear_ou",)))
     with pytest.raises(ValueError, match="algorithms: 'ppo' is not one of"):
         leaderboard.units(leaderboard.Config(algorithms=("ppo",)))

@@ -57,7 +57,7 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 class Side:
-    """A contender: what it is called, its calls, and the reason where there are none."""
+    """One side of the comparison: its name and its calls, or the reason why it has none."""
 
     def __init__(self, name: str, reason: str = ""):
         self.name, self.reason = name, reason
@@ -88,7 +88,7 @@ def jax_sides(task: Task, c: Coefficients, reference, scan_minibatches: bool) ->
 
 
 def torch_module(asked: bool, sides: list[Side]) -> tuple[Any, Any]:
-    """The module of PyTorch's sides and the device, or `None` twice, and the sides know why."""
+    """The module of PyTorch's sides and the device; or `None` twice, and the reason in `sides`."""
     try:
         if not asked:
             raise ValueError("not asked for (--no-torch)")

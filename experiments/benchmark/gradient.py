@@ -51,6 +51,6 @@ def memory(batch: int, width: int, depth: int) -> dict[str, dict[str, int]]:
             _, algorithm, params = _draft(steps, batch, width, depth, name == "small")
             analysis = cd.algorithms.lower(algorithm, params)["update"].compile().memory_analysis()
             if analysis is None:
-                raise ValueError("this backend gives no account of memory: pass --no-gradient.")
+                raise ValueError("gradient=True: this backend does not report the memory of a program; pass --no-gradient.")
             sizes[str(steps)] = int(analysis.temp_size_in_bytes)
     return found

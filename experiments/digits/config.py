@@ -30,7 +30,7 @@ class Config:
     steps: int = 24
     """Control intervals between noise and data."""
     exploration: Literal["brownian", "action"] = "brownian"
-    """Explore by the SDE's own noise, or by action noise held over each control interval."""
+    """brownian: explore by the noise of the SDE; action: by noise on the actions, held over each control interval."""
     exploration_strength: float | None = None
     """Action noise in units of 1/g (default: 0.5; only with --exploration action)."""
     exploration_substeps: int | None = None
@@ -87,7 +87,7 @@ class Config:
     average: float | None = None
     """Evaluate and save a running average of the parameters, with this decay per update, as 0.99 (default: no average)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's matrix products; states, likelihoods, KL and parameters are float32."""
+    """Precision of the network's matrix products; states, likelihoods, KL and parameters are float32."""
     use_previous_checkpoint: bool = False
     """If the newest checkpoint cannot be read, delete it and resume from the one before."""
     wandb: str | None = None

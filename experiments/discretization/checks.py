@@ -27,7 +27,9 @@ def resolve(config: Config) -> Config:
             "ExponentialEuler, DDIM or Euler, at train_eta > 0."
         )
     if not config.kl_weight > 0:
-        raise ValueError(f"kl_weight={config.kl_weight} must be positive: the law to compare with is reweighted by it.")
+        raise ValueError(
+            f"kl_weight={config.kl_weight} must be positive: the optimum is the reference reweighted with exp(reward / kl_weight)."
+        )
     if not 0 <= config.digit <= 9:
         raise ValueError(f"digit={config.digit} must be from 0 to 9.")
     for name in ("seeds", "iterations", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "optimum_steps"):

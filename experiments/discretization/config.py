@@ -14,7 +14,7 @@ class Config:
     out: Path = Path("runs/discretization")
     """Folder for models, cells, figures and metrics."""
     full: bool = False
-    """The committed result: five seeds, 90 fine-tuning iterations and 512 samples per cell instead of 2, 40 and 256."""
+    """The result of docs/discretization.md: five seeds, 90 fine-tuning iterations and 512 samples per cell instead of 2, 40 and 256."""
     seeds: int | None = None
     """Number of seeds (default 2, with --full 5)."""
     iterations: int | None = None
@@ -64,9 +64,9 @@ class Config:
     reference_samples: int = 2048
     """Reference samples that the optimum of a chain is estimated from."""
     optimum_samples: int = 4096
-    """Reference samples whose reweighted law is what distances are measured to."""
+    """Reference samples whose reweighted distribution the energy distances are measured to."""
     optimum_steps: int = 192
-    """Steps of exponential Euler at eta 1 for those."""
+    """Steps of exponential Euler at eta 1 that draw them."""
     use_previous_checkpoint: bool = False
     """If the newest checkpoint of a part cannot be read, delete it and resume from the one before."""
     devices: Devices = Devices()

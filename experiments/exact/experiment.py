@@ -52,7 +52,7 @@ def units(config: Config) -> list[Unit]:
         if why_not(algorithm, problem) is None and (config.full or _selected(config, algorithm, problem))
     ]
     if not chosen:
-        raise ValueError("no algorithm of this selection applies to a problem of it: see docs/exact.md, or add --full.")
+        raise ValueError("none of these algorithms applies to any of these problems: see docs/exact.md, or add --full.")
     return chosen
 
 

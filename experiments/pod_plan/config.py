@@ -23,7 +23,7 @@ class ExperimentOptions:
     times: int | None = None
     """Timesteps of every path that are trained on (only text_to_image)."""
     attention: Literal["xla", "cudnn"] | None = None
-    """What computes attention (only text_to_image): cudnn for GPUs."""
+    """Implementation of attention (only text_to_image): cudnn for GPUs."""
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (only text_to_image)."""
     stratified: bool = False
@@ -39,7 +39,7 @@ class ExperimentOptions:
     depth: int | None = None
     """Blocks of the network."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Of the network's matrix products (default: float32; text_to_image: bfloat16)."""
+    """Precision of the network's matrix products (default: float32; text_to_image: bfloat16)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Config(ExperimentOptions):
     out: Path | None = None
     """Folder for `metrics.json`, `table.md` and `pod_plan.png` (default: print only)."""
     slices: tuple[str, ...] | None = None
-    """Slices for weak scaling, as v5e:2x2 v5e:4x4 (default: 4, 8, ..., 256 chips; 1, 2, 4, 8 GPUs; none: the option alone)."""
+    """Slices for weak scaling, as v5e:2x2 v5e:4x4 (default: 4, 8, ..., 256 chips; 1, 2, 4, 8 GPUs; without a value: none)."""
     compiles: int = 6
-    """How many batches to compile at most in search of the largest one that fits (0: no search)."""
+    """Compile at most so many batches to find the largest one that fits (0: no search)."""
     batch: int | None = None
     """Paths per iteration, of all chips together."""
     fsdp: int = 1
-    """So many chips share one copy of the parameters and of the optimiser's state."""
+    """Number of chips that share one copy of the parameters and of the optimiser's state."""
     effort: Literal["full", "low"] = "full"
-    """Low: XLA optimises less and saves no memory by recomputing, so that Stable Diffusion compiles for a TPU in minutes."""
+    """low: XLA optimises less and does not recompute to save memory; Stable Diffusion then compiles for a TPU in minutes."""

@@ -188,7 +188,7 @@ def run(config: Config) -> dict[str, Any]:
     for other in chosen:
         if batch * other.chips % where.chips:
             raise ValueError(
-                f"slices={other.name!r}: batch={batch} on {where.chips} chips gives no whole batch on {other.chips}."
+                f"slices={other.name!r}: batch={batch} on {where.chips} chips is no whole number on {other.chips}: choose another batch."
             )
 
     apart = ("out", "topology", "slices", "compiles", "batch")

@@ -27,6 +27,6 @@ class Config:
     depth: int = 3
     """Residual blocks of the network."""
     repeats: int = 15
-    """Timed pairs, after two warm-up pairs; five times as many of the trivial drift (milliseconds), half as many of gradients."""
+    """Timed pairs, after two warm-up pairs; five times as many with the trivial drift (milliseconds), half as many for gradients."""
     memory: bool = True
-    """Also compile gradients at 25, 100 and 400 evaluations, for the compiler's figure of their temporary memory."""
+    """Also compile gradients at 25, 100 and 400 evaluations, and report their temporary memory."""

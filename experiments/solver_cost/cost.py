@@ -30,6 +30,7 @@ from ctrl_diffusion.solvers import (
     terms_for,
 )
 
+from ..commandline import require_known
 from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
 from ..timing import interleaved
 from .config import Config as Config
@@ -258,7 +259,7 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
     for run in runs:
         analysis = _compiled(run, True).lower(*args).compile().memory_analysis()
         if analysis is None:
-            raise ValueError("this backend gives no account of memory: pass memory=False.")
+            raise ValueError("memory=True: this backend does not report the memory of a program; pass --no-memory.")
         found.append(int(analysis.temp_size_in_bytes))
     return found[0], found[1]
 
@@ -321,9 +322,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "only", "kinds")}
     path = None if config.out is None else config.out / "metrics.json"
-    for kind in config.kinds:
-        if kind not in KINDS:
-            raise ValueError(f"kinds: {kind!r} is not one of {', '.join(KINDS)}.")
+    require_known("kinds", config.kinds, KINDS)
     cases, rows = chosen(config.only, config.kinds), earlier(path, settings)
     measured = {(row["name"], row["kind"]) for row in rows}
     todo = [case for case in cases if (case.name, case.kind) not in measured]

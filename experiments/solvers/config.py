@@ -15,7 +15,7 @@ class Config:
     evaluations: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768)
     """Network evaluations per solve at which errors are measured."""
     samples: int = 16
-    """Starts of each of the two ODE problems."""
+    """Initial states of each of the two ODE problems."""
     ratio_evaluations: int = 12
     """Network evaluations per timed solve."""
     ratio_batch: int = 128

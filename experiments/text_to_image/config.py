@@ -61,7 +61,7 @@ class Config:
     size: int | None = None
     """Height and width of images, pixels (default: the model's)."""
     train: Literal["lora", "full"] = "lora"
-    """What is trained: LoRA of the UNet, or all of it."""
+    """lora: train LoRA of the UNet; full: train the whole UNet."""
     lora_rank: int = 4
     """Rank of LoRA."""
     lora_alpha: float | None = None
@@ -69,12 +69,12 @@ class Config:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers that have LoRA, by the ends of their names."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of frozen parameters and of computation; latents, likelihoods, KL and LoRA are float32."""
+    """Precision of frozen parameters and of the networks; latents, likelihoods, KL and LoRA are float32."""
     remat: bool = False
-    """Recompute the insides of the UNet's layers for the gradient: less memory, a third more time."""
+    """Recompute the activations of the UNet's layers for the gradient: less memory, a third more time."""
     attention: Literal["by-head", "xla", "cudnn"] | None = None
-    """What computes attention (default: what suits the device): by-head, for CPUs, takes one image and head at a time, xla all at once;
-    cudnn are the flash kernels of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
+    """Implementation of attention (default: that for the device). by-head, for CPUs: one image and head at a time; xla: all at once; cudnn:
+    flash attention of NVIDIA devices from compute capability 8.0 on, with bfloat16."""
     attention_chunk: int | None = None
     """Pixels that attend to all others at a time (default: all, by-head 2^21 over the pixels): less memory, where the device has no flash
     attention."""
@@ -103,7 +103,7 @@ class Config:
     value_learning_rate: float = 1e-3
     """Adam learning rate of the value network."""
     value: Literal["plain", "structured"] = "plain"
-    """The value network alone, or added to the reward of the decoded x0 prediction at every timestep (as published for Score as Action)."""
+    """plain: the value network alone; structured: added to the reward of the decoded x0 prediction, as published for Score as Action."""
     clip: float | tuple[float, float] | None = None
     """The likelihood ratio of a step is clipped to 1 +- clip (default: 0.2; inf: not clipped), where an algorithm has one; two numbers are
     how far below and above 1 it may go."""

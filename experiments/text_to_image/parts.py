@@ -130,7 +130,7 @@ def latent_shape(config: Config, model: sd.StableDiffusion) -> tuple[int, int, i
     own = model.unet.config.sample_size
     if config.size is None:
         if own is None:
-            raise ValueError("size=None: the model's folder names no size of its own; set it, in pixels.")
+            raise ValueError("size=None: the model's folder does not say its size: set it, in pixels.")
         height, width = own if isinstance(own, tuple) else (own, own)
     else:
         if config.size % (factor * halved):

@@ -27,11 +27,11 @@ class Config:
     problems: tuple[ProblemName, ...] = ()
     """Only these of ring_linear, ring_quadratic, digits (default: ring_linear and digits)."""
     variants: tuple[VariantName, ...] = ()
-    """Only these variants (default: all that say something on a problem)."""
+    """Only these variants (default: all that apply to a problem)."""
     seeds: int = 2
-    """Initial parameters and sets of paths."""
+    """Number of seeds: each has its own initial parameters and paths."""
     iterations: int | None = None
-    """Iterations of 8 updates on 512 states (default: the problem's own, 240 on the rings and 120 on the digits)."""
+    """Iterations of 8 updates on 512 transitions (default: the problem's own, 240 on the rings and 120 on the digits)."""
     paths: int = 8192
     """Paths per seed that training draws from."""
     states: int = 1024

@@ -41,7 +41,7 @@ def units(config: Config) -> list[Unit]:
     chosen = [Unit(p, v, _iterations(config, p)) for p in problems for v in variants if v not in PROBLEMS[p].left_out]
     if not chosen:
         reasons = "; ".join(f"{v} on {p}: {PROBLEMS[p].left_out[v]}" for p in problems for v in variants)
-        raise ValueError(f"no variant of this selection says something new ({reasons}): choose others.")
+        raise ValueError(f"none of these variants applies ({reasons}): choose others.")
     return chosen
 
 
