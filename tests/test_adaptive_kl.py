@@ -43,6 +43,18 @@ def test_the_temperature_follows_the_clipped_relative_error():
     assert follow.programs["update"].run._cache_size() == follow.programs["prepare"].run._cache_size() == 1
 
 
+def test_a_resumed_run_has_the_temperature_of_one_that_was_not_stopped(tmp_path):
+    follow = algorithm(AdaptiveKL(target=4.0, rate=0.1, bound=9.0))
+    ended = {}
+    for name, stops in {"whole": (3,), "stopped": (1, 2, 3)}.items():
+        for iterations in stops:  # every call begins with the state of a new process
+            state = follow.init(jnp.ones(()))._replace(reference=jnp.zeros(()))
+            run = cd.runs.RunDirectory(tmp_path / name, {}, loggers=[])
+            ended[name], _ = cd.runs.finetune(run, follow, state, jax.random.key(0), iterations=iterations)
+    assert float(ended["whole"].kl_weight) != pytest.approx(0.7, rel=0.05)
+    jax.tree.map(np.testing.assert_array_equal, *ended.values())
+
+
 def test_the_error_is_clipped_and_the_path_kl_reaches_its_target():
     """Lambda moves by at most 2 % an iteration; from far below the target the policy ends at it."""
     target = 0.3
