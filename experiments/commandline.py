@@ -1,6 +1,6 @@
-"""What the commands share: options from a dataclass, expected errors in one line, an exit code.
+"""Shared by the commands: options from a dataclass, expected errors in one line, an exit code.
 
-Nothing here loads JAX before the options are read: a usage error or `--help` must not wait for it.
+Nothing here loads JAX before the options are read, so that a usage error or `--help` does not wait for it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a command needs that draws the report of a run again."""
+    """Options of a command that draws the report of a run again."""
 
     directory: tyro.conf.Positional[Path]
     """The --out folder of a finished run."""
@@ -30,10 +30,11 @@ def execute(
     args: Sequence[str] | None,
     defaults: Callable[[C], C | None] = lambda parsed: None,
 ) -> int:
-    """Parse `args` (default: those of the process) as `config` and run it; 0, or 1 after an error that the settings explain.
+    """Parse `args` (default: those of the process) as `config` and run it.
 
-    A usage error is tyro's: it ends the process with 2. `defaults` may give, for what has been parsed, the values of options that
-    are not given (default: those of the class); `args` are then parsed again. `run` should import what it needs when it is called.
+    Returns 0, or 1 after a `ValueError`, `FloatingPointError` or `OSError`, whose message is printed. After a usage error tyro ends the
+    process with exit code 2. `defaults(parsed)` may return other defaults for options that are not given, or None; `args` are then
+    parsed again with these. `run` should import what it needs when it is called.
     """
     prog = f"python -m {module}"
     parsed = tyro.cli(config, args=args, description=description, prog=prog)

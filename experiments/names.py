@@ -1,4 +1,4 @@
-"""What the command lines know by name, as types, so that they are read before JAX is loaded. Registries say what a name stands for."""
+"""The names that command lines accept, as types: a command checks them before it loads JAX. The registries have what they name."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What the TPU library (libtpu) is told where there is no TPU; left alone, it prints errors about metadata that it cannot find."""
+"""Environment of the TPU library (libtpu) on a machine without a TPU: without it the library prints errors about missing metadata."""
 
 import os
 

@@ -98,7 +98,7 @@ def test_without_torch_its_rows_say_so(task, monkeypatch):
     assert [side.reason for side in sides] == ["torch is not installed: pip install 'ctrl-diffusion[benchmark]'"] * 2
     assert about == {"torch": None, "torch_threads": None}
     sides, _ = benchmark.torch_sides(dataclasses.replace(TINY, torch=False), task, None, None, None)
-    assert sides[0].reason == "not asked for (--no-torch)"
+    assert sides[0].reason == "left out by --no-torch"
 
 
 def test_ratios_are_those_of_rounds():

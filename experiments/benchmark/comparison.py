@@ -91,7 +91,7 @@ def torch_module(asked: bool, sides: list[Side]) -> tuple[Any, Any]:
     """The module of PyTorch's sides and the device; or `None` twice, and the reason in `sides`."""
     try:
         if not asked:
-            raise ValueError("not asked for (--no-torch)")
+            raise ValueError("left out by --no-torch")
         from . import pytorch as other
 
         return other, other.choose_device(jax.default_backend())
@@ -115,7 +115,7 @@ def torch_sides(config: Config, task: Task, c: Coefficients, reference, folder: 
     for side in sides:
         compiled = side.name == COMPILED
         if compiled and not config.compiled:
-            side.reason = "not asked for (--no-compiled)"
+            side.reason = "left out by --no-compiled"
             continue
         begin = time.perf_counter()
         try:

@@ -149,7 +149,7 @@ def torch_sides(config: Config, task: SamplingTask, folder: Path) -> tuple[list[
     arguments = (unet, task.chain, task.start, task.noise, config.guidance)
     sides[0].sample = other.guided_sampling(*arguments)
     if not config.compiled:
-        sides[1].reason = "not asked for (--no-compiled)"
+        sides[1].reason = "left out by --no-compiled"
         return sides, other.versions()
     try:
         compiled = other.guided_sampling(*arguments, compiled=True)

@@ -138,9 +138,9 @@ def _solved(todo: list[Unit], workers: int, layout: Layout, results: Results) ->
 
 
 def shares(workers: int) -> list[set[int]]:
-    """The cores that this process may use, dealt out: on shared ones workers wait for each other's threads.
+    """The cores that each worker may use: workers on the same cores would wait for each other's threads.
 
-    Every worker has all of them where there are fewer cores than workers, and where processes cannot be told which to use.
+    Every worker may use all cores if there are fewer cores than workers, or if the system cannot pin a process to cores.
     """
     if not hasattr(os, "sched_getaffinity"):
         return [set()] * workers

@@ -170,8 +170,8 @@ def usual_slices(chip: Chip) -> list[Slice]:
 def describe(where: Slice) -> list[Any]:
     """The devices of a slice, to compile for. Needs `libtpu` and no TPU, or JAX's plugin for CUDA and no GPU.
 
-    The environment is changed while the slice is described, and only then. JAX itself is kept on the CPU, unless it has been told
-    otherwise: with libtpu installed it would look for a TPU first.
+    The environment is changed while the slice is described, and only then. JAX itself is kept on the CPU, unless its platform has been
+    set: with libtpu installed it would look for a TPU first.
     """
     chip, needed = where.chip, COMPILERS[where.chip.platform]
     if importlib.util.find_spec(needed.module) is None:
@@ -189,7 +189,7 @@ def describe(where: Slice) -> list[Any]:
 
 
 class Compiler(NamedTuple):
-    """What compiles for a platform: a module that must be there, how to get it, and what it is told."""
+    """The compiler of a platform: the module that it needs, how to install that, and its options."""
 
     module: str
     remedy: str

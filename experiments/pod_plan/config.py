@@ -17,7 +17,7 @@ class ExperimentOptions:
     algorithm: AlgorithmName | None = None
     """How to fine-tune, by the names of experiments.digits."""
     accumulation: int | None = None
-    """Parts that the transitions of an update are split into."""
+    """Microbatches that an update is computed in."""
     rollouts: int | None = None
     """Parts that the paths of an iteration are sampled in (only text_to_image)."""
     times: int | None = None

@@ -37,7 +37,7 @@ LEVELS = {"jax_optimization_level": "O1", "jax_memory_fitting_level": "O0"}
 
 @contextlib.contextmanager
 def compiling_with(effort: str) -> Iterator[None]:
-    """What XLA is told of how hard to try."""
+    """Set JAX's optimisation levels for this effort, and restore them afterwards."""
     before = {name: getattr(jax.config, name) for name in LEVELS}
     try:
         for name, level in LEVELS.items() if effort == "low" else ():

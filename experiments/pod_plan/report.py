@@ -75,7 +75,7 @@ def table(metrics: Row) -> str:
     assumptions = (
         f"Roofline of {chip['name']}: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, HBM {chip['hbm_bandwidth'] / 1e9:g} GB/s, each link "
         f"{chip['link_bandwidth'] / 1e9:.3g} GB/s one way, {duration(chip['hop_seconds'])} per hop; products and HBM at the same time, "
-        "collectives after them. Rewards, the order of rows and the start of programs are not counted.\n"
+        "collectives after them. Rewards, the order of transitions and the start of programs are not counted.\n"
     )
     text = f"## {m['topology']}, global batch {m['batch']}: one of {m['chips']} chips\n\n" + _markdown(["per chip", ""], facts)
     heads = ["program", "runs", "peak memory", "temporaries", "GFLOP", "HBM traffic", "collectives", "at best"]

@@ -76,7 +76,7 @@ def starts(key, problem: Problem) -> tuple[jax.Array, jax.Array]:
 
 
 def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, called: Callable | None = None) -> Callable:
-    """`run(params, x0, keys)`: final states by this library; `called` is told of every network evaluation."""
+    """`run(params, x0, keys)`: final states by this library; `called()` is called at every network evaluation."""
     process = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen)
     grid = process.grid(steps)
 

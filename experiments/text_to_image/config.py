@@ -93,7 +93,7 @@ class Config:
     minibatches: int = 4
     """Updates per pass."""
     accumulation: int = 1
-    """Split the transitions of an update into so many parts, one after the other: less memory, the same update."""
+    """Microbatches that an update is computed in, one after the other: less memory, the same update."""
     stratified: bool = False
     """Deal each group of consecutive transitions out to the minibatches instead of shuffling all: nothing moves between devices."""
     scan_minibatches: bool = False

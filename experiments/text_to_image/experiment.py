@@ -53,7 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     count, kl_weight = sum(leaf.size for leaf in jax.tree.leaves(parts.params)), kl_weight_of(config)
     print(
         f"[1/3] {parts.trained} prompts, {parts.held_out} held out; {count:,} parameters are trained, latents {sampler.shape}; "
-        f"{config.algorithm} for {parts.reward.name!r} at {kl_weight:g} per nat"
+        f"{config.algorithm} for {parts.reward.name!r} with kl_weight {kl_weight:g}"
     )
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_STREAMS)}
     evaluations = Evaluations(config, parts, layout, keys["evaluation"])

@@ -16,7 +16,7 @@ class Published(NamedTuple):
     Attributes:
         link: where they are from.
         settings: in terms of `Config`.
-        differs: what cannot be said in these terms, or is done otherwise here.
+        differs: what `Config` cannot express, or what is done differently here.
         known: numbers that the paper or its code reports.
     """
 

@@ -1,4 +1,4 @@
-"""Training one arm of the ablation alone, on paths that are given, and its distance from the exact value on the way."""
+"""Train one variant of the ablation on given paths, and measure its error to the exact value on the way."""
 
 import time
 from typing import Any, NamedTuple

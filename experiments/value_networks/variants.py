@@ -1,4 +1,4 @@
-"""The arms of the ablation as data: a form of the value, what it sees, what it is regressed on and how."""
+"""The variants of the ablation: form and inputs of the value, its target and its loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +36,7 @@ def x0_prediction(network: ValueNetwork, t0: float, t1: float) -> AbstractValue:
 
 
 class Variant(NamedTuple):
-    """One arm. What is not said is the baseline's.
+    """One variant. Defaults are those of the baseline.
 
     Attributes:
         name: of its file and its row.
