@@ -38,9 +38,9 @@ def execute(
     """
     prog = f"python -m {module}"
     parsed = tyro.cli(config, args=args, description=description, prog=prog)
+    _prepare_jax()
     if (default := defaults(parsed)) is not None:
         parsed = tyro.cli(config, args=args, description=description, prog=prog, default=default)
-    _prepare_jax()
     try:
         run(parsed)
     except (ValueError, FloatingPointError, OSError) as error:

@@ -121,7 +121,10 @@ def run(config):
     import jax
     print(jax.default_backend())
 
-sys.exit(execute(run, FinishedRun, None, "test", ["here"]))
+def defaults(options):
+    import jax
+
+sys.exit(execute(run, FinishedRun, None, "test", ["here"], defaults))
 """
     environment = {name: v for name, v in os.environ.items() if not name.startswith(("JAX_PLATFORMS", "TPU_"))}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
