@@ -21,7 +21,7 @@ SCORE = 2.0**-19  # alpha is the exponential of -6 at the first step, so good to
 BACKWARD = 3  # a gradient is rounded once forward and twice backward
 
 
-class Exact(NamedTuple):
+class ExactResult(NamedTuple):
     """Results in float64, and relative errors that float32 accounts for, without and with scores in between."""
 
     samples: np.ndarray
@@ -31,7 +31,7 @@ class Exact(NamedTuple):
     score_tolerance: dict[str, float]
 
 
-def exact(task: Task, paths: int) -> Exact:
+def exact(task: Task, paths: int) -> ExactResult:
     """Samples of the first `paths` recorded paths made anew, and the loss with its gradient on the first minibatch."""
     path, rows = task.recorded.path, task.minibatch(0)
     with jax.enable_x64(True):
@@ -54,7 +54,7 @@ def exact(task: Task, paths: int) -> Exact:
         (samples, terms, gradient), *others = (
             jax.device_get(once(params, behaviour, *map(jnp.float64, sizes))) for sizes in ((0, 0), (1, 0), (1, 1))
         )
-    reference = Exact(np.asarray(samples), float(np.mean(terms)), gradient, {}, {})
+    reference = ExactResult(np.asarray(samples), float(np.mean(terms)), gradient, {}, {})
     for tolerance, (other, other_terms, other_gradient) in zip((reference.tolerance, reference.score_tolerance), others):
         tolerance.update(errors(reference, other, np.mean(other_terms), other_gradient))
         tolerance["loss"] = float(np.mean(np.abs(other_terms - terms))) / abs(reference.loss)  # transitions do not cancel
@@ -78,7 +78,7 @@ def _disturbed(network: Predict, schedule, rounding, score) -> Predict:
     return moved
 
 
-def errors(reference: Exact, samples, loss, gradient) -> dict[str, float]:
+def errors(reference: ExactResult, samples, loss, gradient) -> dict[str, float]:
     """Of the samples, `max |x - reference| / std(reference)`; of loss and gradient, relative."""
     x = np.asarray(samples, np.float64)[: len(reference.samples)]
     return {
@@ -88,7 +88,7 @@ def errors(reference: Exact, samples, loss, gradient) -> dict[str, float]:
     }
 
 
-def check(name: str, reference: Exact, tolerance: dict[str, float], samples, loss, gradient) -> dict[str, float]:
+def check(name: str, reference: ExactResult, tolerance: dict[str, float], samples, loss, gradient) -> dict[str, float]:
     """Errors of one side, beside their tolerances; `ValueError` if one is beyond."""
     found = errors(reference, samples, loss, gradient)
     for what, error in found.items():
