@@ -61,7 +61,7 @@ class Reference(AbstractBehaviour):
         return buffer, rollout
 
 
-def uniform(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
+def uniform_priority(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
     """Every path alike."""
     return jnp.ones_like(rewards)
 
@@ -80,7 +80,7 @@ class ReplayBuffer(AbstractBehaviour):
     """
 
     capacity: int = eqx.field(static=True)
-    priority: Priority = eqx.field(static=True, default=uniform)
+    priority: Priority = eqx.field(static=True, default=uniform_priority)
 
     def __check_init__(self):
         if self.capacity < 1:

@@ -40,7 +40,7 @@ class Reward(eqx.Module):
     view: Callable[..., Any] | None = None
 
     def __call__(self, x: Any, cond: Any = None) -> Any:
-        """The rewards of samples, unchecked: `evaluate` checks, and applies `view`."""
+        """The rewards of samples, unchecked: `compute_rewards` checks, and applies `view`."""
         return self.fn(x, cond) if self.conditional else self.fn(x)
 
 
@@ -194,7 +194,7 @@ def as_reward(reward: Reward | Callable) -> Reward:
     return black_box(reward)
 
 
-def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, " b"]:
+def compute_rewards(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, " b"]:
     """Evaluate and check: one finite number per sample, else a `RewardError` that says which sample and what to do.
 
     `cond` are the conditions of the samples, arrays `[b, ...]`, for rewards that take them.
@@ -202,7 +202,7 @@ def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float
     and an error of one is raised by all.
     """
     if reward.parts and not reward.differentiable:
-        return sum(weight * evaluate(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
+        return sum(weight * compute_rewards(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
     seen = x if reward.differentiable or reward.view is None else _apply(reward.view, x)
     try:
         values, error = _checked(reward, seen, cond), None
@@ -234,13 +234,13 @@ def _raise_together(reward: Reward, error: RewardError | None, x: Float[Array, "
         raise error
 
 
-def evaluate_parts(
+def compute_reward_terms(
     reward: Reward, x: Float[Array, "b *x"], cond: Any = None
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """`evaluate`, and the values of the parts of a `weighted_sum` by name (none of any other reward)."""
+    """`compute_rewards`, and the values of the parts of a `weighted_sum` by name (none of any other reward)."""
     if not reward.parts:
-        return evaluate(reward, x, cond), {}
-    values = {part.name: evaluate(part, x, cond) for _, part in reward.parts}
+        return compute_rewards(reward, x, cond), {}
+    values = {part.name: compute_rewards(part, x, cond) for _, part in reward.parts}
     return sum(weight * values[part.name] for weight, part in reward.parts), values  # pyright: ignore[reportReturnType]
 
 

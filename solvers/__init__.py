@@ -17,7 +17,7 @@ from .grid import (
     GridSteps as GridSteps,
     check_grid as check_grid,
     clock_uniform as clock_uniform,
-    cosine as cosine,
+    cosine_spaced as cosine_spaced,
     from_timesteps as from_timesteps,
     karras as karras,
     leading as leading,

@@ -41,7 +41,7 @@ def refine(ts, substeps: int) -> np.ndarray:
     return np.append(inner.ravel(), ts[-1])
 
 
-def cosine(t0: float, t1: float, steps: int) -> np.ndarray:
+def cosine_spaced(t0: float, t1: float, steps: int) -> np.ndarray:
     """`t0 + (t1 - t0) sin(pi i / (2 steps))`: steps shrink to zero towards the data end like a cosine."""
     return check_grid(t0 + (t1 - t0) * np.sin(0.5 * np.pi * uniform(0.0, 1.0, steps)))
 

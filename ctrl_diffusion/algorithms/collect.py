@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ..process import Cond, Params
-from ..rewards import Reward, evaluate, evaluate_parts
+from ..rewards import Reward, compute_reward_terms, compute_rewards
 from ..rollout import Rollout, over_paths
 from ..sampler import Trajectory, path_actions
 from ..solvers import sample_keys
@@ -36,7 +36,7 @@ class Annotated(NamedTuple):
     x0_predictions: tuple[Float[Array, "bn *x"], Cond] | None
 
 
-def split(recipe: Recipe, key: Key[Array, ""]) -> Keys:
+def split_keys(recipe: Recipe, key: Key[Array, ""]) -> Keys:
     """The keys of an iteration."""
     paths, shuffles, *others = jax.random.split(key, 5)
     return Keys(paths, list(jax.random.split(shuffles, recipe.training.epochs)), *others)
@@ -79,8 +79,12 @@ def reward(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -
     """A part with its rewards, and the terms that they are sums of. Not a program: a reward may run on the host."""
     reward_fn: Reward = recipe.bound(fixed, 0.0).reward
     paths, ends, x0_predictions = _recorded(recipe, path, annotated)
-    r, terms = evaluate_parts(reward_fn, ends, paths.cond)
-    r_hat = None if x0_predictions is None else evaluate(reward_fn, *x0_predictions).reshape(-1, recipe.objective.intervals).T
+    r, terms = compute_reward_terms(reward_fn, ends, paths.cond)
+    r_hat = (
+        None
+        if x0_predictions is None
+        else compute_rewards(reward_fn, *x0_predictions).reshape(-1, recipe.objective.intervals).T
+    )
     return paths._replace(reward=r, r_hat=r_hat), terms
 
 

@@ -1,6 +1,6 @@
 """The order of an iteration, written once. What calls its programs decides whether they run, are lowered or are timed.
 
-split -> draw -> (sample -> annotate -> reward) per part -> join -> remember -> summarise -> prepare
+split_keys -> draw -> (sample -> annotate -> reward) per part -> join -> remember -> summarise -> prepare
       -> (shuffle -> (select -> update) per minibatch, or sweep) per epoch -> finish
 """
 
@@ -18,8 +18,8 @@ Call = Callable[..., Any]
 
 def iterate(call: Call, recipe: Recipe, fixed: Any, key: Any, state: State) -> tuple[State, Info]:
     """One iteration of the algorithm that `recipe` describes; `fixed` are the arrays of its control and reward."""
-    keys = call("split", key)
-    fresh, terms, cond = collect(call, recipe, fixed, keys, state)
+    keys = call("split_keys", key)
+    fresh, terms, cond = collect_paths(call, recipe, fixed, keys, state)
     kl_weight, ends, shown = call("summarise", state.kl_weight, fresh, terms)
     buffer, rollout = call("remember", keys.replay, state.buffer, fresh)
     rewards = fresh.reward
@@ -37,7 +37,7 @@ def iterate(call: Call, recipe: Recipe, fixed: Any, key: Any, state: State) -> t
     return State(learned, state.reference, buffer, kl_weight), Info(metrics, ends, rewards, cond)
 
 
-def collect(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) -> tuple[Any, Any, Any]:
+def collect_paths(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) -> tuple[Any, Any, Any]:
     """Paths of an iteration with their rewards, the terms of these, and the conditions.
 
     All parts are sampled before the first is rewarded: while a reward on the host judges one, the devices are busy with the next.

@@ -49,7 +49,7 @@ def make_programs(recipe: Recipe) -> dict[str, Program]:
     waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]
     on_host = (functools.partial(f, recipe) for f in (collect.reward, collect.reward_shapes))
     return {
-        "split": program(collect.split, WHOLE),
+        "split_keys": program(collect.split_keys, WHOLE),
         "draw": program(collect.draw, 0),
         "sample": program(collect.sample, (path, 0)),
         "annotate": program(collect.annotate, waiting),

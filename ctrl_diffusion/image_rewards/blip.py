@@ -14,7 +14,7 @@ from ..pretrained.clip import PatchEmbeddings
 from ..pretrained.clip_config import BOOKKEEPING, VisionConfig
 from ..pretrained.config import Fixed
 from ..pretrained.layers import Layers, Sequence, erf_gelu, recomputed
-from ..pretrained.transformer import Attention, Encoder
+from ..pretrained.transformer import Attention, TransformerEncoder
 from .linear import LinearLayers
 from .pixels import Images
 
@@ -65,7 +65,7 @@ class BLIPVision(nnx.Module):
 
     def __init__(self, config: VisionConfig, layers: Layers, remat: bool):
         self.embeddings = PatchEmbeddings(config, layers, bias=True)
-        self.encoder = Encoder(config, layers, remat, causal=False)
+        self.encoder = TransformerEncoder(config, layers, remat, causal=False)
         self.post_layernorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixels: Images) -> Sequence:

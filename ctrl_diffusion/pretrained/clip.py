@@ -11,7 +11,7 @@ from .attention import AttentionFn
 from .clip_config import CLIPConfig, VisionConfig
 from .clip_text import CLIPText
 from .layers import Layers, Sequence
-from .transformer import Encoder
+from .transformer import TransformerEncoder
 
 Images = Float[Array, "b h w 3"]
 
@@ -48,7 +48,7 @@ class CLIPVision(nnx.Module):
         self.out_dtype = layers.param_dtype
         self.embeddings = PatchEmbeddings(config, layers, bias=False)
         self.pre_layrnorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)  # the name in the files
-        self.encoder = Encoder(config, layers, remat, causal=False)
+        self.encoder = TransformerEncoder(config, layers, remat, causal=False)
         self.post_layernorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixels: Images) -> Float[Array, "b e"]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from .attention import AttentionFn
 from .clip_config import CLIPTextConfig
 from .layers import Layers, Sequence
-from .transformer import Encoder
+from .transformer import TransformerEncoder
 
 
 class TextFeatures(NamedTuple):
@@ -60,7 +60,7 @@ class CLIPText(nnx.Module):
         layers = Layers(rngs, dtype, param_dtype, attention)
         self.config, self.dtype, self.out_dtype = config, dtype, param_dtype
         self.embeddings = Embeddings(config, layers)
-        self.encoder = Encoder(config, layers, remat)
+        self.encoder = TransformerEncoder(config, layers, remat)
         self.final_layer_norm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids: Int[Array, "b n"]) -> TextFeatures:

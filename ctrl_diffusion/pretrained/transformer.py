@@ -79,7 +79,7 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nnx.Module):
+class TransformerEncoder(nnx.Module):
     """The stack of layers; `causal`: position `n` sees those up to `n` alone."""
 
     def __init__(self, config: Config, layers: Layers, remat: bool, causal: bool = True):

@@ -113,7 +113,7 @@ class DecoderBlock(nnx.Module):
         return h if self.upsampler is None else self.upsampler(upsample(h, 2 * h.shape[1], 2 * h.shape[2]))
 
 
-class MidBlock(nnx.Module):
+class VAEMidBlock(nnx.Module):
     """A ResNet block, self-attention and a ResNet block at the coarsest resolution."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
@@ -128,14 +128,14 @@ class MidBlock(nnx.Module):
         return h
 
 
-class Encoder(nnx.Module):
+class VAEEncoder(nnx.Module):
     """Images to the parameters of the posterior, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
         channels = config.block_out_channels
         self.conv_in = layers.conv(config.in_channels, channels[0])
         self.down_blocks = nnx.List([EncoderBlock(config, i, layers, remat) for i in range(len(channels))])
-        self.mid_block = MidBlock(config, layers, remat)
+        self.mid_block = VAEMidBlock(config, layers, remat)
         self.conv_norm_out = layers.group_norm(channels[-1], config.norm_num_groups, EPS)
         self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels)
 
@@ -146,13 +146,13 @@ class Encoder(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(h))))
 
 
-class Decoder(nnx.Module):
+class VAEDecoder(nnx.Module):
     """Latents after `post_quant_conv` to images."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
         channels = config.block_out_channels
         self.conv_in = layers.conv(config.latent_channels, channels[-1])
-        self.mid_block = MidBlock(config, layers, remat)
+        self.mid_block = VAEMidBlock(config, layers, remat)
         self.up_blocks = nnx.List([DecoderBlock(config, i, layers, remat) for i in reversed(range(len(channels)))])
         self.conv_norm_out = layers.group_norm(channels[0], config.norm_num_groups, EPS)
         self.conv_out = layers.conv(channels[0], config.out_channels)
@@ -191,10 +191,10 @@ class VAE(nnx.Module):
     ):
         layers = Layers(rngs, dtype, param_dtype, attention)
         self.config, self.dtype = config, dtype
-        self.encoder = Encoder(config, layers, remat)
+        self.encoder = VAEEncoder(config, layers, remat)
         self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, size=1)
         self.post_quant_conv = layers.conv(config.latent_channels, config.latent_channels, size=1)
-        self.decoder = Decoder(config, layers, remat)
+        self.decoder = VAEDecoder(config, layers, remat)
 
     def encode(self, images: Images) -> Posterior:
         """The posterior of the latents; its `logvar` is cut off at -30 and 20, as by every writer of such models."""

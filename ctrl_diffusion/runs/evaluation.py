@@ -14,7 +14,7 @@ from ..objective import Objective
 from ..optimum import Estimate, Optimum, is_memoryless, mean_and_error, optimality_gap, reweighted_optimum
 from ..parallel import ONE_DEVICE, Layout, whole
 from ..process import Cond, DiffusionProcess
-from ..rewards import Reward, evaluate as evaluate_reward
+from ..rewards import Reward, compute_rewards
 from ..sampler import Sampler, path_actions, step_kl
 from ..solvers import sample_keys
 from .progress import ProgressBar
@@ -87,7 +87,7 @@ class Evaluator:
                 x, kl = self.layout.paced(draw(*given))
                 keep = slice(0, min(chunk, n - i))
                 xs.append(whole(x)[keep])
-                rewards.append(whole(evaluate_reward(self.reward, x, given[1]))[keep])
+                rewards.append(whole(compute_rewards(self.reward, x, given[1]))[keep])
                 if kl is not None:
                     kls.append(whole(kl)[keep])
                 bar.update()
@@ -146,10 +146,12 @@ def evaluate(
     optimum, start = None, mean_and_error(before.rewards)
     if kl_weight > 0 and objective.conditions is None and scales is not None:
         optimum = reweighted_optimum(before.rewards, kl_weight, is_bound=not is_memoryless(sampler.process))
-    return summary(after, optimum, start, kl_weight) | optimum_metrics(optimum, start, reference_samples)
+    return policy_metrics(after, optimum, start, kl_weight) | optimum_metrics(optimum, start, reference_samples)
 
 
-def summary(samples: Samples, optimum: Optimum | None, reference_reward: Estimate, kl_weight: float) -> dict[str, float | None]:
+def policy_metrics(
+    samples: Samples, optimum: Optimum | None, reference_reward: Estimate, kl_weight: float
+) -> dict[str, float | None]:
     """Reward, path KL, objective and gap with standard errors; null where they are not defined."""
     reward = mean_and_error(samples.rewards)
     result: dict[str, float | None] = {"reward": reward.mean, "reward_se": reward.se}

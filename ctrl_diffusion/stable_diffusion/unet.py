@@ -29,7 +29,7 @@ NAMES = Names(
 )
 
 
-class TimeEmbedding(nnx.Module):
+class TimestepEmbedding(nnx.Module):
     """Two dense layers on the features of the timestep, computed in the type of the parameters."""
 
     def __init__(self, features: int, width: int, layers: Layers):
@@ -163,7 +163,7 @@ class UNet(nnx.Module):
         channels = config.block_out_channels
         resolutions = range(len(channels))
         self.config, self.dtype = config, dtype
-        self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0], layers)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], layers)
         self.conv_in = layers.conv(config.in_channels, channels[0])
         self.down_blocks = nnx.List([DownBlock(config, i, layers, remat) for i in resolutions])
         self.mid_block = MidBlock(config, layers, remat)
