@@ -34,7 +34,7 @@ class FineGap(NamedTuple):
 class PathIntegrals(NamedTuple):
     """Per path: `lambda int k |a - other|^2 dt` and `r - int f dt`, float64 `[b]`, and the final states `[b, *shape]`."""
 
-    price: np.ndarray
+    penalty: np.ndarray
     returns: np.ndarray
     final: np.ndarray
 
@@ -72,7 +72,7 @@ class Evaluator:
         Non-negative, and free of the noise of the reward. The error of the ratio is to first order and takes the paths'
         correlation into account.
         """
-        gap, reference = self.integrals(control, params, self.problem.optimal_action).price, self._reference_gap
+        gap, reference = self.integrals(control, params, self.problem.optimal_action).penalty, self._reference_gap
         ratio = gap.mean() / reference.mean()
         residual = mean_and_error((gap - ratio * reference) / reference.mean())
         return FineGap(mean_and_error(gap), mean_and_error(reference), Estimate(float(ratio), residual.se))
@@ -85,7 +85,7 @@ class Evaluator:
         """
         span = self.problem.process.t1 - self.problem.process.t0
         best = self.problem.optimal_action
-        return mean_and_error(2 / span * self._integrals(best, best, control, params).price)
+        return mean_and_error(2 / span * self._integrals(best, best, control, params).penalty)
 
     @functools.cached_property
     def zero_control_l2_error(self) -> Estimate:
@@ -95,7 +95,7 @@ class Evaluator:
     def objective(self, control: ControlFn, params: Params) -> Estimate:
         """`J(a) = E^a[ r - int f dt - lambda int k |a - a_ref|^2 dt ]` by rewards, running cost included."""
         found = self.integrals(control, params)
-        return mean_and_error(found.returns - found.price)
+        return mean_and_error(found.returns - found.penalty)
 
     def integrals(self, control: ControlFn, params: Params, other: ControlFn | None = None) -> PathIntegrals:
         """What every path of a control pays for its distance to `other` (default: the reference), earns, and where it ends."""
@@ -103,7 +103,7 @@ class Evaluator:
 
     @functools.cached_property
     def _reference_gap(self) -> np.ndarray:
-        return self.integrals(self.problem.reference_action, None, self.problem.optimal_action).price
+        return self.integrals(self.problem.reference_action, None, self.problem.optimal_action).penalty
 
     def _integrals(self, drive: ControlFn, control: ControlFn, other: ControlFn, params: Params) -> PathIntegrals:
         """`lambda int k |control - other|^2 dt` and `r - int f dt` along paths of `drive`, and their ends."""
