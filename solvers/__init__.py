@@ -1,6 +1,6 @@
-"""How to integrate `dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW`: diffrax terms, solvers, paths and grids.
+"""Solvers for `dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW`: diffrax terms, solvers, Brownian paths and time grids.
 
-Knows no diffusion model, no reward and no reinforcement learning. Import it as `ctrl_diffusion.solvers`.
+This package has nothing specific to diffusion models, rewards or reinforcement learning. Import it as `ctrl_diffusion.solvers`.
 """
 
 from .adaptive import Adaptive as Adaptive, brownian_tree as brownian_tree, integrate_adaptive as integrate_adaptive
