@@ -1,4 +1,4 @@
-"""What model families have in common: files of pretrained networks, and the networks and layers that several of them use.
+"""Files of pretrained networks, and the networks and layers that several model families use.
 
 `stable_diffusion` and `image_rewards` import from here and not from each other. Nothing here imports torch.
 
