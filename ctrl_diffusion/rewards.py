@@ -18,7 +18,7 @@ from .parallel import from_local_rows, local_rows
 
 
 class Reward(eqx.Module):
-    """A reward `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` where it is `conditional`.
+    """A reward `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` if it is `conditional`.
 
     `differentiable` rewards are JAX functions of JAX arrays. Black boxes get numpy arrays and run on the host.
 

@@ -23,7 +23,7 @@ class Transitions(NamedTuple):
         x_next: the state at the end of the interval `[m, *x]`.
         noise, a_old, a_ref: standard normals of the interval, actions of the sampling policy and of the reference `[m, *x]`.
         x_hat, r_hat: the x0 prediction `[m, *x]` and its reward `[m]`.
-        value_target: what the value is regressed on `[m]`.
+        value_target: the regression target of the value `[m]`.
         cond: conditions, arrays `[m, ...]`.
     """
 

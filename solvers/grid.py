@@ -16,7 +16,7 @@ def check_grid(ts) -> np.ndarray:
         raise ValueError(f"grid has shape {ts.shape}: it must be one-dimensional with at least two times.")
     if not np.all(np.isfinite(ts)):
         i = int(np.argmin(np.isfinite(ts)))
-        raise ValueError(f"grid has a non-finite time, {ts[i]}, at index {i}: give finite times.")
+        raise ValueError(f"grid has a non-finite time at index {i}, {ts[i]}: give finite times.")
     if np.any(np.diff(ts) <= 0):
         i = int(np.argmax(np.diff(ts) <= 0))
         raise ValueError(

@@ -236,7 +236,7 @@ def test_the_devices_sample_while_the_host_judges(monkeypatch):
 
 
 REFUSED = {
-    "accumulation=3 must divide the rows of a minibatch, 128": {"accumulation": 3},
+    "accumulation=3 must divide the transitions of a minibatch, 128": {"accumulation": 3},
     "rollouts=5 must divide batch=32": {"rollouts": 5},
 }
 
