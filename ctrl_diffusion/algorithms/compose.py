@@ -30,7 +30,7 @@ def compose(
     r"""An algorithm from its parts.
 
     Args:
-        objective: the objective, with the sampler whose chain it is defined on.
+        objective: the objective, which is defined on the chain of its sampler.
         estimator: the estimator of the policy gradient.
         critic: the value of a state, and how it is learned.
         training: batch, passes, optimisers and trust region.

@@ -150,7 +150,7 @@ def vard(
         target, loss: `returns` with `squared_error` learns the arithmetic mean; its fixed point is not J's maximiser.
             `log_ratio_to_go` with `soft_error` learns the soft value; its fixed point is J's maximiser.
         steps: sampler steps to differentiate through.
-        frozen: keep the value as it is given, instead of learning it along.
+        frozen: keep the given value; otherwise every iteration trains it, too.
 
     ??? cite "Reference"
         ```bibtex
