@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Lowered, Traced
 
 from ..parallel import PARAMETERS, WHOLE, Layout
 from ..process import Params
@@ -77,10 +77,15 @@ def running(programs: dict[str, Program], layout: Layout) -> Callable[..., Any]:
 
 
 class LoweredProgram(NamedTuple):
-    """A lowered program, the compiler's input, and the number of times that an iteration calls it."""
+    """A program traced for its arguments, and the number of times that an iteration calls it. It is lowered when that is asked for."""
 
-    lowered: Lowered
+    traced: Traced
     calls: int
+
+    @property
+    def lowered(self) -> Lowered:
+        """The compiler's input."""
+        return self.traced.lower()
 
     def as_text(self) -> str:
         """The text of the lowered program."""
@@ -92,7 +97,7 @@ class LoweredProgram(NamedTuple):
 
 
 def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> dict[str, LoweredProgram]:
-    """Lower every compiled program that an iteration calls, for the arguments that it has in `algorithm.step`.
+    """Trace every compiled program that an iteration calls, for the arguments that it has in `algorithm.step`, to be lowered.
 
     The devices of `Training.layout` may be a description only (a TPU topology). The parameters are those of `algorithm.init`; they may be
     shapes.
@@ -101,7 +106,7 @@ def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> di
     state = layout.described(state_axes(recipe), jax.eval_shape(algorithm.init, params, value_params))
     key = layout.described(WHOLE, jax.eval_shape(lambda: jax.random.key(0)))
     fixed = layout.described(PARAMETERS, algorithm.fixed)
-    lowered: dict[str, Lowered] = {}
+    traced: dict[str, Traced] = {}
     results: dict[str, Any] = {}
     calls: dict[str, int] = {}
 
@@ -110,12 +115,12 @@ def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> di
         calls[name] = calls.get(name, 0) + 1
         if name not in results:
             if program.shapes is None:
-                lowered[name] = program.run.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
+                traced[name] = program.run.trace(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
             results[name] = layout.described(program.axes, jax.eval_shape(program.shapes or program.run, *arguments))
         return results[name]
 
     iterate(call, recipe, fixed, key, state)
-    return {name: LoweredProgram(found, calls[name]) for name, found in lowered.items()}
+    return {name: LoweredProgram(found, calls[name]) for name, found in traced.items()}
 
 
 class Timed(NamedTuple):
