@@ -1,8 +1,8 @@
 """ctrl_diffusion: fine-tuning diffusion models as continuous-time stochastic control.
 
-The names in `__all__` are what a script is written with; all others are in their modules, such as `solvers.DPMSolverPP2M` and
-`trust.NaturalGradient`. Pretrained networks and problems with known answers (`pretrained`, `stable_diffusion`, `image_rewards`,
-`exact`) are imported when they are first used.
+Scripts use the names in `__all__`. All other names are in their modules, such as `solvers.DPMSolverPP2M` and `trust.NaturalGradient`.
+Pretrained networks and problems with known optimum (`pretrained`, `stable_diffusion`, `image_rewards`, `exact`) are imported when they
+are first used.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What each control interval contributes: returns to go, value increments, generalised advantages, and their normalisation."""
+"""Returns to go, value increments and generalised advantages of control intervals, and how they are normalised and clipped."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ def to_go(increments: Float[Array, "n b"]) -> Float[Array, "n b"]:
 
 
 def value_increments(values: Float[Array, "K b"], paid: Float[Array, "K-1 b"]) -> Float[Array, "K-1 b"]:
-    """`V_{j+1} - V_j - paid_j`: what interval `j` gained, in reward units; less its running cost and its KL penalty."""
+    """`V_{j+1} - V_j - paid_j`, reward units: the change of the value over interval `j` less its running cost and KL penalty."""
     return values[1:] - values[:-1] - paid
 
 
 def advantages(increments: Float[Array, "n b"], dt: Float[Array, " n"], horizon: float) -> Float[Array, "n b"]:
     """`A_j = sum_{l >= j} exp(-(t_l - t_j) / horizon) increment_l`: generalised advantages with a decay per unit *time*.
 
-    Schulman et al. (2016), eq. 16, with `gamma lambda` per step replaced by `exp(-dt / horizon)`, so that the meaning does not
-    depend on the step count. `horizon = 0` keeps the increment alone (as in "Score as Action", arXiv 2502.01819);
+    Schulman et al. (2016), eq. 16. `exp(-dt / horizon)` replaces `gamma lambda` per step, so the same `horizon` (control time) means the
+    same for any number of steps. `horizon = 0` keeps only the increment (as in "Score as Action", arXiv 2502.01819);
     `horizon = inf` telescopes to the Monte Carlo return minus the value.
     """
     decay = jnp.exp(-dt / horizon) if horizon > 0 else jnp.zeros_like(dt)
@@ -50,18 +50,18 @@ def both_sides(clip: Clip) -> tuple[float, float]:
 
 
 def centre(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
-    """Subtract the mean over the batch at every time: the batch's own baseline (`same`: over paths of the same condition)."""
+    """Subtract the mean over the batch at every time, as a baseline (with `same`: over paths of the same condition)."""
     return advantage - mean_within(advantage, same)
 
 
 def standardise_per_time(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
-    """Centre and scale to unit standard deviation at every time, over the batch (`same`: over paths of the same condition)."""
+    """Mean 0 and standard deviation 1 at every time, over the batch (with `same`: over paths of the same condition)."""
     centred = centre(advantage, same)
     return _divided(centred, mean_within(centred**2, same))
 
 
 def standardise_all(advantage: Float[Array, "n b"], same: Same = None) -> Float[Array, "n b"]:
-    """The same over times and paths together."""
+    """Mean 0 and standard deviation 1 over times and paths together (with `same`: over paths of the same condition)."""
     centred = advantage - jnp.mean(mean_within(advantage, same), axis=0)
     return _divided(centred, jnp.mean(mean_within(centred**2, same), axis=0))
 

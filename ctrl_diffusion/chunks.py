@@ -1,4 +1,4 @@
-"""A function of a batch, evaluated on a few rows at a time."""
+"""Evaluates a function of a batch on a few rows at a time, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 def in_chunks(fn: Callable[..., Float[Array, "m *y"]], size: int) -> Callable[..., Float[Array, "b *y"]]:
     """`fn(x [m, ...], ...) -> [m, ...]` on batches of any length, `size` rows at a time, one after the other.
 
-    Memory is that of one chunk, also for the gradient, for which each chunk is evaluated a second time. `fn` must treat rows
-    independently. Every argument has the rows first, or is `None` or a tree of such; the remainder is a smaller chunk. Up to `size` rows
-    are just `fn` of them, so that chunks within chunks cost nothing.
+    Memory is that of one chunk, also for the gradient, which evaluates each chunk a second time. `fn` must treat rows independently.
+    Arguments are arrays with rows first, trees of such arrays, or `None`. A batch of at most `size` rows is passed to `fn` as it is. If
+    `size` does not divide the number of rows, the last chunk is smaller.
 
-    Of `n` chunks the first has the rows `0, n, 2 n, ...`: where the rows of a batch are divided over devices, every device has a part
-    of every chunk (of a `size` that their number divides).
+    The first of `n` chunks has the rows `0, n, 2 n, ...`. If a batch is divided over devices, every device thus has a part of every chunk
+    (for a `size` that the number of devices divides).
 
     Example: decode and reward four latents at a time.
 

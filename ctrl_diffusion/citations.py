@@ -1,4 +1,4 @@
-"""What to cite: the BibTeX that docstrings carry."""
+"""References: the BibTeX entries in docstrings."""
 
 import inspect
 import re
@@ -10,8 +10,8 @@ _BIBTEX = re.compile(r"```bibtex\s*(.*?)```", re.DOTALL)
 def citation(*things: Any) -> str:
     """Print and return the BibTeX entries of algorithms, solvers or other things of this library, each once.
 
-    Takes functions, classes, or instances of classes: `citation(ctrl_diffusion.vard, DPMSolverPP2M())`. Raises `ValueError` for
-    something that names no reference.
+    Arguments are functions, classes or instances: `citation(ctrl_diffusion.vard, DPMSolverPP2M())`. Raises `ValueError` if the docstring
+    of one has no reference.
     """
     entries: dict[str, None] = {}
     for thing in things:

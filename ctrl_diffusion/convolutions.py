@@ -1,4 +1,4 @@
-"""Convolutions whose gradients are as fast in loops as outside of them, on CPUs, too."""
+"""Convolutions whose gradients are fast inside loops on CPUs, too."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,13 +21,13 @@ def convolution(
     precision: Any = None,
     **options: Any,
 ) -> Float[Array, "..."]:
-    """`jax.lax.conv_general_dilated` whose gradients XLA has fast code for on CPUs, for `nnx.Conv(..., conv_general_dilated=convolution)`.
+    """`jax.lax.conv_general_dilated` with fast gradients on CPUs, for `nnx.Conv(..., conv_general_dilated=convolution)`.
 
-    The gradients of a convolution are convolutions with their axes in another order, and XLA's fast code for CPUs is for one order. XLA
-    brings others into it, but not in the body of a loop (`lax.scan`, `lax.map`), where its code is then ten times slower or worse: steps
-    of training that are one program, gradients through paths, by parts of a batch, of images that are decoded a few at a time. Here they
-    have that order from the start; numbers differ by rounding. On other devices, and for groups, dilations, other orders of axes,
-    other types of the result and arrays divided over explicit axes of a mesh, all is as JAX has it.
+    The gradients of a convolution are convolutions with another order of axes. XLA has fast CPU code for one order only. Outside of loops
+    it reorders the axes; in the body of a loop (`lax.scan`, `lax.map`) it does not, and its code is ten times slower or worse. This
+    affects training steps in one program, gradients through paths, gradients in microbatches, and images decoded a few at a time.
+    Here the gradients have the fast order from the start; results differ by rounding. On other devices, and for groups, dilations,
+    other orders of axes, other result types and arrays divided over explicit mesh axes, JAX's own convolution is used.
 
     Args:
         x: `[b, *space, c]`.
@@ -72,14 +72,14 @@ def _as_usual(window: _Window, x, kernel):
 
 
 def _by_inputs(window: _Window, x, kernel):
-    """The same, whose transpose in `x` has the usual axes: the kernel is `[*space, d, c]`."""
+    """The same convolution, with the kernel as `[*space, d, c]`. Its transpose in `x` has the usual axes."""
     numbers = _channels_last(x.ndim - 2)
     outputs, inputs, *space = numbers.rhs_spec
     return window(x, jnp.swapaxes(kernel, -1, -2), numbers._replace(rhs_spec=(inputs, outputs, *space)))
 
 
 def _by_kernels(window: _Window, x, kernel):
-    """The same, whose transpose in `kernel` has the usual axes: images `[c, *space, b]` by kernels `[c, *space, d]`."""
+    """The same convolution, of images `[c, *space, b]` and kernels `[c, *space, d]`. Its transpose in `kernel` has the usual axes."""
     last = x.ndim - 1
     space = range(1, last)
     numbers = lax.ConvDimensionNumbers((last, 0, *space), (last, 0, *space), (last - 1, last, *range(last - 1)))

@@ -1,11 +1,11 @@
-r"""What a state is worth, and how that is learned: a value, the targets it is regressed on, and the loss of the regression.
+r"""Critics: the value of a state, the targets that it is regressed on, and the loss of the regression.
 
     target                              squared error converges to                      soft error converges to
     `returns`         r - costs         E^a[r - costs | x]                              -
     `kl_to_go`        ... - lambda KL   the policy's own value V^a                      -
     `log_ratio_to_go` ... - lambda log  V^a, with less noise near the optimum           V* = lambda log E^ref exp(. / lambda)
 
-The last line is exact for every policy: `E^a[exp((r - costs)/lambda) dP^ref/dP^a | x] = exp(V*(t, x)/lambda)`, with zero variance
+The last line holds for every policy `a`: `E^a[exp((r - costs)/lambda) dP^ref/dP^a | x] = exp(V*(t, x)/lambda)`. The variance is zero
 at the optimum.
 """
 
@@ -28,7 +28,7 @@ ValueLoss = Callable[[Float[Array, " m"], Float[Array, " m"], Temperature], Floa
 
 
 def returns(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
-    """`r(X_T) - sum_{l >= j} cost_l`: no penalty. The fixed point of a policy trained on it is not the maximiser of J."""
+    """`r(X_T) - sum_{l >= j} cost_l`, without KL. A policy trained on it has another fixed point than the maximiser of J."""
     return rollout.reward - to_go(objective.costs(rollout))
 
 
@@ -38,7 +38,7 @@ def kl_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
 
 
 def log_ratio_to_go(objective: Objective, rollout: Rollout) -> Float[Array, "n b"]:
-    """`r(X_T) - sum_{l >= j} (cost_l + lambda log (dP^a/dP^ref)_l)` with the realised log-ratios instead of their means."""
+    """`r(X_T) - sum_{l >= j} (cost_l + lambda log (dP^a/dP^ref)_l)`: realised log-ratios replace their means, the KL."""
     return rollout.reward - to_go(objective.costs(rollout) + objective.kl_weight * rollout.log_ratio)
 
 
@@ -52,9 +52,9 @@ def soft_error(
 ) -> Float[Array, ""]:
     r"""Mean of `lambda^2 (e^d - 1 - d)`, `d = (target - value)/lambda`: its minimiser is `lambda log E exp(target / lambda)`.
 
-    It is the squared error (over 2) to second order. Where some `d` of the batch exceed 1, all terms are divided by the largest
-    `e^d` over e, which scales the gradient and not its zero: no overflow. `largest` is the largest `d` of the whole batch, where
-    `value` and `target` are those of a part of it.
+    To second order in `d` it is half the squared error. If the largest `d` of the batch exceeds 1, all terms are divided by `e^(d - 1)` of
+    that `d`: nothing overflows, and the gradient changes its scale but not its zero. If `value` and `target` are only a part of a batch,
+    give `largest`, the largest `d` of the whole batch.
     """
     d = (target - value) / kl_weight
     shift = jax.lax.stop_gradient(jnp.maximum((jnp.max(d) if largest is None else largest) - 1, 0))
@@ -65,12 +65,12 @@ class Critic(eqx.Module):
     """A value and how it is learned.
 
     Args:
-        value: the function class; `V(t1, x) = r(x)`.
-        target: what it is regressed on, `(objective, rollout) -> [n, b]` (default `kl_to_go`).
+        value: the function of time and state, with `V(t1, x) = r(x)`.
+        target: the regression target, `(objective, rollout) -> [n, b]` (default `kl_to_go`).
         loss: `(value, target, kl_weight) -> scalar`, a mean over transitions (default `squared_error`).
-        horizon: targets look this far ahead, control time: `inf` is Monte Carlo; a finite one replaces the rest of the path by
-            the value, with decay per unit time (`V_j + advantages(increments of the value, horizon)`, TD(lambda)).
-        frozen: the value's parameters stay as `init` is given them. Otherwise a value with parameters needs an optimiser,
+        horizon: decay time of the targets, control time. `inf` is Monte Carlo. A finite horizon replaces the rest of the path by the
+            value, `V_j + advantages(increments of the value, horizon)`: TD(lambda) with a decay per unit time.
+        frozen: keep the value's parameters as they are given to `init`. Otherwise a value with parameters needs an optimiser,
             `Training(value=...)`.
     """
 
@@ -82,21 +82,21 @@ class Critic(eqx.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether it has parameters that are to be learned."""
+        """Whether the value has parameters, and they are learned."""
         return self.value.has_parameters and not self.frozen
 
     def values(self, params: Params, rollout: Rollout) -> Float[Array, "K b"]:
-        """Values of all recorded states, the last ones being the rewards."""
+        """Values of all recorded states; at the last time they are the rewards."""
 
-        def value(row):
-            t, x, x_hat, r_hat = row
+        def value(at_time):
+            t, x, x_hat, r_hat = at_time
             return self._value(params, t, x, x_hat, r_hat, rollout.cond)
 
         values = jax.lax.map(value, (rollout.t[:-1], rollout.x[:-1], rollout.x_hat, rollout.r_hat))
         return jnp.concatenate([values, rollout.reward[None]])
 
     def targets(self, objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-        """What the value is regressed on at every recorded state but the last."""
+        """Regression targets of the value at every recorded state but the last."""
         target = self.target(objective, rollout)
         if self.horizon == float("inf"):
             return target
@@ -114,14 +114,14 @@ class Critic(eqx.Module):
         return self._loss(value, transitions.value_target, objective.kl_weight, largest)
 
     def largest_exponent(self, params: Params, objective: Objective, transitions: Transitions) -> Float[Array, ""]:
-        """The largest `(target - V) / lambda` of transitions `[m]`: what a soft error over parts of a minibatch must know of all of it."""
+        """The largest `(target - V) / lambda` of transitions `[m]`, which the soft error of a part of a minibatch needs of all of it."""
         value = self._value(
             params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
         )
         return jnp.max((transitions.value_target - value) / objective.kl_weight)
 
     def _value(self, params: Params, t, x, x_hat, r_hat, cond: Cond) -> Float[Array, " m"]:
-        """The value of recorded states; `x` and 0 stand for estimates that it does not use."""
+        """The value of recorded states. Unused estimates, which are `None`, are replaced by `x` and 0."""
         x_hat = x if x_hat is None else x_hat
         return self.value(params, t, x, x_hat, jnp.zeros(x.shape[0], x.dtype) if r_hat is None else r_hat, cond)
 
@@ -133,7 +133,7 @@ class Critic(eqx.Module):
     def __call__(self, params: Params, objective: Objective, reference: Params, t, x, cond: Cond = None) -> Float[Array, " m"]:
         """`V(t, x)` as a differentiable function of `x` `[m, *x]`, under conditions `[m, ...]`.
 
-        With a black-box reward only values that do not use the reward have one, and only before `t1`.
+        With a black-box reward, this holds only for values that do not use the reward, and only before `t1`.
         """
         x_hat, r_hat = x, jnp.zeros(x.shape[0], x.dtype)
         if self.value.uses_reward:
@@ -149,8 +149,8 @@ class MartingaleCritic(Critic):
 
         E int_t0^t1 (target - V(t, X_t))^2 dt / (t1 - t0)  =  mean over transitions of (dt_j / mean dt) (target - V)^2
 
-    Its minimiser is the conditional mean of the target at every time, as that of the regression at all times (`Critic` with
-    `squared_error`), with which it agrees on a uniform grid; on another one intervals count by length, not by number.
+    Its minimiser is the conditional mean of the target at every time. `Critic` with `squared_error` has the same minimiser, and on a
+    uniform grid the same loss. On other grids the martingale loss weighs intervals by their length.
     """
 
     loss: ValueLoss = eqx.field(static=True, default_factory=lambda: squared_error, init=False)

@@ -1,4 +1,4 @@
-"""Effective diversity: how many distinct samples a set amounts to."""
+"""Effective diversity: the effective number of distinct samples in a set."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import numpy as np
 def vendi_score(x: np.ndarray, bandwidth: float, weights: np.ndarray | None = None) -> float:
     r"""`exp(entropy of the eigenvalues of K / n)` with `K_ij = exp(-|x_i - x_j|^2 / (2 bandwidth^2))` (Friedman and Dieng 2023).
 
-    Between 1 (all samples alike) and `n` (all unlike). `weights` (summing to 1) give the score of a reweighted set.
+    It is 1 if all samples are alike and `n` if all are different. With `weights`, which sum to 1, it is the score of the reweighted set.
 
     ??? cite "Reference"
         ```bibtex

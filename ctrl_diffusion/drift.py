@@ -1,9 +1,9 @@
-r"""The controlled SDE of the stochastic-control literature: the action is the drift, the noise is constant.
+r"""The controlled SDE of the stochastic-control literature. The action is the drift, and the noise is constant.
 
     dX = a(t, X) dt + G dW on [0, T],        KL(P^a || P^ref) = E^a int |a - a_ref|^2 / (2 G^2) dt
 
-The literature writes `dX = (b + sigma u) dt + sqrt(lambda) sigma dB` and minimises `E[int (|u|^2/2 + f) dt + g(X_T)]`. That is
-this process with `G = sqrt(lambda) sigma`, reference action `a_ref = b`, action `a = b + sigma u`, running cost `f`, reward
+The literature writes `dX = (b + sigma u) dt + sqrt(lambda) sigma dB` and minimises `E[int (|u|^2/2 + f) dt + g(X_T)]`. This is
+the process here with `G = sqrt(lambda) sigma`, reference action `a_ref = b`, action `a = b + sigma u`, running cost `f`, reward
 `r = -g` and `kl_weight = lambda`: then `lambda KL = E int |u|^2/2 dt`, `J = -cost` and `V* = -V`.
 """
 
@@ -22,9 +22,9 @@ RunningCost = Callable[[Time, State], Float[Array, " b"]]
 
 
 class DriftProcess(AbstractControlledSDE):
-    """`dX = a dt + noise dW` on `[0, horizon]`, from a fixed point or a Gaussian: `A = 0`, `B = 1`, `G = noise`.
+    """`dX = a dt + noise dW` on `[0, horizon]`: `A = 0`, `B = 1`, `G = noise`. It starts at a fixed point or from a Gaussian.
 
-    With the drift frozen over a step the exact step is Euler-Maruyama's, so `ExponentialEuler` and `diffrax.Euler` agree.
+    If the drift is frozen over a step, the exact step is that of Euler-Maruyama. So `ExponentialEuler` and `diffrax.Euler` agree.
 
     Args:
         noise: the noise level `G > 0`, per square root of time.
@@ -64,7 +64,7 @@ class DriftProcess(AbstractControlledSDE):
 
     def term(self, control: ControlFn, path: dfx.AbstractBrownianPath | None) -> AbstractSemilinearTerm:
         if path is None:
-            raise ValueError(f"path=None, but the process has noise={self.noise}: pass a Brownian path.")
+            raise ValueError(f"path=None, but the process has noise={self.noise}: pass a Brownian path, such as KeyedPath.")
         return DriftTerm(self, control, path)
 
     def running_cost(self, t: Time, x: State) -> Float[Array, " b"]:
@@ -75,7 +75,7 @@ class DriftProcess(AbstractControlledSDE):
 
 
 class DriftTerm(AbstractSemilinearTerm):
-    """A drift process under a control; the frozen variable is the drift itself."""
+    """A drift process under a control. The frozen variable is the drift itself."""
 
     process: DriftProcess
     action: ControlFn

@@ -1,9 +1,9 @@
-r"""Two ways to explore, one likelihood: `log ratio = z . xi - |z|^2 / 2` with `z_j = scale_j (a_theta - a_old)(t_j, x_j)`.
+r"""Exploration by Brownian or by action noise, with `log ratio = z . xi - |z|^2 / 2`, `z_j = scale_j (a_theta - a_old)(t_j, x_j)`.
 
 *Brownian*: the SDE's own noise. The likelihood of a step is the solver's Gaussian transition.
-*Action noise*: `a = a_theta + delta_j`, Gaussian, held over control interval `j`. Only the recorded `(t_j, x_j, delta_j)` enter the
-likelihood, so the interval may be integrated by any solver with any number of steps, ODE or SDE: the control grid is not
-the solver grid.
+*Action noise*: `a = a_theta + delta_j` with Gaussian `delta_j`, held over control interval `j`. The likelihood depends only on the
+recorded `(t_j, x_j, delta_j)`. Any solver may therefore integrate the interval, as ODE or SDE, with any number of steps: the control grid
+is not the solver grid.
 """
 
 import abc
@@ -20,7 +20,7 @@ from .solvers import KeyedPath, refine, solve
 
 
 class AbstractExploration(eqx.Module):
-    """How the policy is randomised while data is collected."""
+    """The noise of the policy while it samples paths to train on."""
 
     @property
     def substeps_per_interval(self) -> int:
@@ -29,19 +29,19 @@ class AbstractExploration(eqx.Module):
 
     @abc.abstractmethod
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
-        """Sample paths on `sampler.grid` (the control grid) with the standard normals that the policy is judged by."""
+        """Sample paths on `sampler.grid`, the control grid, and record the standard normals that their likelihood depends on."""
 
     @abc.abstractmethod
     def scales(self, sampler: Sampler) -> Float[Array, " n"]:
-        """`scale_j`: shift of the recorded noise per unit change of the action in interval `j`."""
+        """`scale_j`: the shift of the recorded noise per unit change of the action in interval `j`."""
 
     @abc.abstractmethod
     def kl_scales(self, sampler: Sampler) -> Float[Array, " n"]:
-        """Scales of the KL that `kl_weight` multiplies, `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
+        """Scales of the KL penalty: `kl_weight` multiplies `|scale_j (a - a_ref)|^2 / 2` nats per interval."""
 
 
 class Brownian(AbstractExploration):
-    """The SDE's own noise; the penalty is the chain's own path KL. Needs `eta > 0` and a solver with a Gaussian transition."""
+    """The SDE's own noise. The KL penalty is the chain's own path KL. It needs `eta > 0` and a solver with a Gaussian transition."""
 
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         self._check(sampler)
@@ -64,13 +64,16 @@ class Brownian(AbstractExploration):
 class ActionNoise(AbstractExploration):
     r"""`a(t, x) = a_theta(t, x) + delta_j` on `[t_j, t_{j+1})`, `delta_j ~ N(0, s(t_j)^2 / (t_{j+1} - t_j))`, `s = strength / g`.
 
-    The covariance is per unit time, so the ratio's KL for a given change of policy does not depend on the number of
-    intervals. Only the noise is held; the score follows the state inside the interval, at `substeps` solver steps each.
-    The exploring process has the additional diffusion `c s = (1 + eta^2)/2 strength g`; evaluate without it
-    (`Sampler.sample`). A solver restarts in every interval, since the drift jumps there.
+    The covariance is per unit time. The KL of a given change of policy therefore does not depend on the number of intervals. Only the
+    noise is held constant; the score follows the state inside the interval. The drift jumps at control times, so the solver restarts
+    there. The exploring process has the additional diffusion `c s = (1 + eta^2)/2 strength g`; evaluate without it (`Sampler.sample`).
 
-    The penalty is the path KL by Girsanov at the left ends for `eta > 0`. At `eta = 0` the path KL is infinite, and the penalty is
-    the KL of the exploring policies, `g^2 |a - a_ref|^2 / (2 strength^2)` per unit time: another objective, stated as such.
+    For `eta > 0` the KL penalty is the path KL by Girsanov's formula at the left ends. At `eta = 0` that path KL is infinite, and the
+    penalty is the KL of the exploring policies, `g^2 |a - a_ref|^2 / (2 strength^2)` per unit time. This is another objective.
+
+    Args:
+        strength: `s` in units of `1 / g`.
+        substeps: solver steps per control interval.
     """
 
     strength: float = eqx.field(static=True, default=1.0)
@@ -80,7 +83,9 @@ class ActionNoise(AbstractExploration):
         if not self.strength > 0:
             raise ValueError(f"strength={self.strength} must be positive: it is the exploration noise in units of 1/g.")
         if self.substeps < 1:
-            raise ValueError(f"substeps={self.substeps} must be at least 1.")
+            raise ValueError(
+                f"substeps={self.substeps} must be at least 1: it is the number of solver steps per control interval."
+            )
 
     @property
     def substeps_per_interval(self) -> int:
@@ -107,7 +112,9 @@ class ActionNoise(AbstractExploration):
 
     def scales(self, sampler: Sampler) -> Float[Array, " n"]:
         if not isinstance(sampler.process, DiffusionProcess):
-            raise TypeError(f"ActionNoise scales with the noising g(t), which {type(sampler.process).__name__} does not have.")
+            raise TypeError(
+                f"ActionNoise scales with the noising g(t), which {type(sampler.process).__name__} does not have: use Brownian()."
+            )
         with jax.ensure_compile_time_eval():
             g = jax.jit(sampler.process.g)(sampler.ts[:-1])
             return jnp.sqrt(jnp.diff(sampler.ts)) * g / self.strength

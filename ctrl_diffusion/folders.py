@@ -1,4 +1,4 @@
-"""Folders that are either complete or absent: a reader never meets half of one."""
+"""Folders that are replaced as a whole: a reader sees a complete folder or none."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ StrPath = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write into; it takes the place of `folder` at the end, or vanishes on an error."""
+    """A new folder to write into. At the end it replaces `folder`; on an error it is deleted, and `folder` stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

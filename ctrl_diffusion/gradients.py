@@ -1,4 +1,4 @@
-"""A mean over rows and its gradient: in microbatches, one after the other, device by device, and reduced once."""
+"""Means over rows and their gradients, computed in microbatches on every device and reduced over devices once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +19,9 @@ GivenLoss = Callable[[Params, Any, Any], tuple[Float[Array, ""], dict[str, Float
 
 
 def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Loss:
-    """`loss(params, rows, given)`, a mean over rows, with a gradient that is summed over `parts` equal microbatches.
+    """`loss(params, rows, given)`, a mean over rows. Its gradient is computed in `parts` equal microbatches.
 
-    `given` are arrays that are not differentiated, the same for all rows.
+    `given` holds arrays that are the same for all rows and are not differentiated.
     """
     if layout.mesh is None and parts == 1:
         return lambda params, rows: loss(params, rows, given)
@@ -44,11 +44,11 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
 
 
 def mean_over_rows(mean: Callable[..., Any], layout: Layout, parts: int) -> Callable[..., Any]:
-    """`mean(params, rows, given)`, a tree of means over rows, from those of `parts` equal microbatches on the devices of `layout`.
+    """`mean(params, rows, given)`, a tree of means over rows, computed in `parts` equal microbatches on the devices of `layout`.
 
-    Entries named `max_...` are maxima. Where devices have all parameters, each works through its own rows and the results are
-    reduced over the devices once, at the end, whatever loops `mean` has inside. Where parameters are divided (`fsdp > 1`) the compiler
-    brings them together and reduces their gradients as it sees fit, in every microbatch.
+    Entries named `max_...` are maxima. If every device has all parameters, each computes its own rows, and the results are reduced over
+    devices once at the end; loops inside `mean` do not change this. If parameters are divided (`fsdp > 1`), the compiler gathers them and
+    reduces their gradients in every microbatch.
     """
     whole_parameters = layout.mesh is not None and layout.mesh.shape[FSDP] == 1
 
@@ -71,9 +71,9 @@ def mean_over_rows(mean: Callable[..., Any], layout: Layout, parts: int) -> Call
 
 
 def mean_in_parts(mean: Callable[[Any], Any], rows: Any, layout: Layout = ONE_DEVICE, parts: int = 1) -> Any:
-    """`mean(rows)`, a tree of means over rows, from those of `parts` equal microbatches, one after the other: in the memory of one.
+    """`mean(rows)`, a tree of means over rows, computed in `parts` equal microbatches one after the other, in the memory of one.
 
-    Entries named `max_...` are maxima. Of `n` parts the first has the rows `0, n, 2 n, ...`, so that every device has its share of each.
+    Entries named `max_...` are maxima. The first of `n` parts has the rows `0, n, 2 n, ...`, so every device has its share of every part.
     """
     if parts == 1:
         return mean(rows)
@@ -88,7 +88,7 @@ def mean_in_parts(mean: Callable[[Any], Any], rows: Any, layout: Layout = ONE_DE
 
 
 def each_in_parts(fn: Callable[[Any], Float[Array, " m"]], rows: Any, layout: Layout = ONE_DEVICE, parts: int = 1) -> Any:
-    """`fn(rows)`, one number for each row, from those of `parts` equal microbatches; without a gradient."""
+    """`fn(rows)`, one number per row, computed in `parts` equal microbatches; without a gradient."""
     size = jax.tree.leaves(rows)[0].shape[0] // parts
     found = microbatch(fn, 0, size, AccumulationType.CONCAT)(rows) if parts > 1 else fn(rows)
     return layout.constrain(jax.lax.stop_gradient(found), partial(layout.shardings, 0))

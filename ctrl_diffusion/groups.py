@@ -1,7 +1,7 @@
-"""Statistics among paths of one condition: what is better than what *for the same prompt*.
+"""Statistics among paths with the same condition, such as the same prompt.
 
-`same [b, b]` is 1 where two paths have the same condition, else 0; `None` where there are no conditions, and all paths are alike.
-A condition that a batch has once has no statistics of its own.
+`same [b, b]` is 1 if two paths have the same condition, else 0. It is `None` if there are no conditions; statistics are then over all
+paths.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Same = Float[Array, "b b"] | None
 
 
 def same_condition(cond: Any, dtype: Any = jnp.float32) -> Same:
-    """`same` for conditions of paths, arrays `[b, ...]`; `None` for `None`."""
+    """`same` for the conditions of paths, arrays `[b, ...]`; `None` for `None`."""
     leaves = jax.tree.leaves(cond)
     if not leaves:
         return None
@@ -23,7 +23,7 @@ def same_condition(cond: Any, dtype: Any = jnp.float32) -> Same:
 
 
 def mean_within(v: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
-    """Mean of `v` over the paths of the same condition; over all paths for conditions that occur once, or without conditions."""
+    """Mean of `v` over paths with the same condition. If a condition occurs only once, the mean is over all paths."""
     of_all = jnp.broadcast_to(jnp.mean(v, axis=-1, keepdims=True), v.shape)
     if same is None:
         return of_all
@@ -32,12 +32,12 @@ def mean_within(v: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
 
 
 def _sums(v: Float[Array, "*n b"], same: Float[Array, "b b"]) -> Float[Array, "*n b"]:
-    """Sums over the paths of the same condition; accelerators would otherwise round `v`."""
+    """Sums over paths with the same condition. The highest precision keeps accelerators from rounding `v`."""
     return jnp.matmul(v, same, precision=jax.lax.Precision.HIGHEST)
 
 
 def softmax_within(logits: Float[Array, "*n b"], same: Same) -> Float[Array, "*n b"]:
-    """`exp(logits)` over its mean over the paths of the same condition: 1 on average, and 1 where a condition occurs once."""
+    """`exp(logits)` divided by its mean over paths with the same condition: 1 on average, and 1 if a condition occurs once."""
     if same is None:
         return jax.nn.softmax(logits, axis=-1) * logits.shape[-1]
 
@@ -50,7 +50,7 @@ def softmax_within(logits: Float[Array, "*n b"], same: Same) -> Float[Array, "*n
 
 
 def variance_within(v: Float[Array, " b"], same: Same) -> Float[Array, ""]:
-    """Unbiased variance about the mean of the same condition, pooled over conditions; 0 if each occurs once."""
+    """Unbiased variance among paths with the same condition, pooled over conditions; 0 if each condition occurs once."""
     if same is None:
         return jnp.var(v, ddof=1)
     count = jnp.sum(same, axis=0)

@@ -2,9 +2,9 @@ r"""Log-density of samples under the probability-flow ODE, by the change of vari
 
     dX/dt = v(t, X),    log p_{t1}(x(t1)) = log p_{t0}(x(t0)) - int_{t0}^{t1} div v(t, x(t)) dt
 
-(Chen et al. 2018, Theorem 1; Song et al. 2021, section 4.3). The flow is that of the process at eta = 0, whatever the eta of the
-process that is passed; its law is the model's density when sampled without noise, and the law of every eta where the action
-is the true score of the noised data. It is integrated from `x(t1) = x` back to `t0`, in ascending `s = t0 + t1 - t`.
+(Chen et al. 2018, Theorem 1; Song et al. 2021, section 4.3). The flow is always the process at eta = 0; the eta of the given process does
+not matter. Its law is the model's density when it samples without noise. If the action is the true score of the noised data, it is the
+law of every eta. The flow is integrated from `x(t1) = x` back to `t0`, in ascending `s = t0 + t1 - t`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .process import Cond, ControlFn, DiffusionProcess, Params, State
 
 
 class LogLikelihood(NamedTuple):
-    """`log p(x)` in nats, its standard error over probes (zeros for the exact trace), and the latent `x(t0)`."""
+    """`log p(x)` in nats, its standard error over probes (zero for the exact trace), and the latent `x(t0)`."""
 
     value: Float[Array, " b"]
     standard_error: Float[Array, " b"]
@@ -28,7 +28,7 @@ class LogLikelihood(NamedTuple):
 
 
 def exact_divergence(v: Callable[[State], State], x: State) -> Float[Array, "b 1"]:
-    """`div v` per sample, by one Jacobian-vector product per state dimension; samples must not interact."""
+    """`div v` per sample, by one Jacobian-vector product per state dimension. `v` must treat samples independently."""
     flat = x.reshape(x.shape[0], -1)
     basis = jnp.eye(flat.shape[1], dtype=x.dtype)
 
@@ -73,14 +73,15 @@ def log_likelihood(
     """`log p(x)` of the state `X(t1) = x` under the probability flow of `control`.
 
     Args:
-        process: the diffusion process; its density is that of `X(t1)`, noised to `tau_min`.
+        process: the diffusion process; the density is that of `X(t1)`, data noised to `tau_min`.
         control: the action, `control(params, t, x, cond)`.
         x: `[b, *x]`.
         keys: one per sample for Hutchinson's estimator; None for the exact trace (one Jacobian-vector product per dimension).
         probes: number of random probes per sample, at least 2, each held along the whole path.
         log_prior: log-density of `X(t0)`; None: the law that samples start from, `N(0, sigma(tau_max)^2)`.
         solver: any diffrax solver of ODEs with an error estimate; None: `diffrax.Tsit5`.
-        rtol, atol: tolerances of its steps. Non-finite values mean that `max_steps` did not suffice.
+        rtol, atol: tolerances of the solver's steps.
+        max_steps: largest number of steps. If it does not suffice, the log-density is nan.
         adjoint: for gradients, `diffrax.RecursiveCheckpointAdjoint()`; None is forward only.
     """
     if keys is not None and probes < 2:

@@ -1,4 +1,4 @@
-"""A sampler with its parameters, saved to and loaded from a folder: three lines from file to images."""
+"""Diffusion models: a network with its parameters and sampler, saved to and loaded from a folder."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ FORMAT = 1
 class DiffusionModel(NamedTuple):
     """A network with the process, grid and solver it samples with.
 
-    `network` gives the architecture (its own parameters are ignored); `params` are the parameters in use.
+    `network` gives the architecture only; `params` are the parameters in use.
     """
 
     network: nnx.Module
@@ -44,11 +44,11 @@ class DiffusionModel(NamedTuple):
         """The diffusion process that the network was made for."""
         process = self.sampler.process
         if not isinstance(process, DiffusionProcess):
-            raise TypeError(f"a DiffusionModel needs a DiffusionProcess, not {type(process).__name__}.")
+            raise TypeError(f"a DiffusionModel needs a Sampler with a DiffusionProcess, not {type(process).__name__}.")
         return process
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n *x"]:
-        """`n` samples; sample `i` depends on `fold_in(key, i)` alone."""
+        """`n` samples; sample `i` depends only on `fold_in(key, i)`."""
         return _sample(self.sampler, self.params, sample_keys(key, n))
 
 
@@ -75,9 +75,9 @@ def _flat(params) -> dict[str, Array]:
 
 
 def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
-    """Write `model.json` and `params.safetensors` into `directory`, which is replaced as a whole: never half-written.
+    """Write `model.json` and `params.safetensors` into `directory`. The folder is replaced as a whole and is never half-written.
 
-    The solver must be the default `ExponentialEuler` or is recorded by name only; see `load`.
+    Only the name of the solver is saved: `load` must be given any other than the default `ExponentialEuler` again.
     """
     from safetensors.flax import save_file  # needed for nothing else
 
@@ -105,9 +105,13 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
 
     Args:
         directory: the folder.
-        network: the architecture, needed only if it is not one of this library's networks.
-        solver: any diffrax solver; default: `ExponentialEuler`, and required if the model was saved with another.
-        grid: control times; default: the saved ones.
+        network: the architecture; required unless it is a `ResidualMLP` of this library.
+        solver: any diffrax solver (default: `ExponentialEuler`); required if the model was saved with another.
+        grid: control times (default: the saved ones).
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if a required argument is missing, or the file does not fit the network.
     """
     directory = Path(directory)
     for name in ("model.json", "params.safetensors"):
@@ -116,7 +120,8 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
     description = json.loads((directory / "model.json").read_text())
     if description.get("format") != FORMAT:
         raise ValueError(
-            f"{directory}/model.json has format {description.get('format')!r}; this version reads format {FORMAT}."
+            f"{directory}/model.json has format {description.get('format')!r}, but this version reads format {FORMAT}: load it with the "
+            "version that wrote it."
         )
     if network is None:
         if description["network"] != "ResidualMLP" or description["network_arguments"] is None:
@@ -139,8 +144,8 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
 def _find(module: Any, name: str, what: str) -> Any:
     if not hasattr(module, name):
         raise ValueError(
-            f"the model uses the {what} {name!r}, which is not one of ctrl_diffusion's: rebuild the model with make_model and put in "
-            "the parameters of params.safetensors."
+            f"the model uses the {what} {name!r}, which is not one of ctrl_diffusion's: build the model with make_model, and read its "
+            "parameters from params.safetensors."
         )
     return getattr(module, name)
 
@@ -150,7 +155,7 @@ def _tuple(v: Any) -> Any:
 
 
 def _read(path: Path, expected: Params) -> Params:
-    """Parameters from a file whose names, shapes and types must be the expected ones."""
+    """Read parameters from a file. Their names, shapes and types must be the expected ones."""
     from safetensors.flax import load_file
 
     try:

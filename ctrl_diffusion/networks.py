@@ -1,4 +1,4 @@
-"""Small networks in flax NNX, and the bridge from a network to a control."""
+"""Small networks in flax NNX, and functions that make controls and values from networks."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .process import ControlFn, DiffusionProcess
 
 
 class TimeEmbedding(nnx.Module):
-    """Sines and cosines of `t` at `features / 2` frequencies, geometric from pi/2 to 64 pi, and a dense layer."""
+    """Sines and cosines of `t` at `features / 2` frequencies, spaced geometrically from pi/2 to 64 pi, and a dense layer."""
 
     def __init__(self, features: int, rngs: nnx.Rngs, dtype: Any = None):
         self.frequencies = nnx.static(tuple(0.5 * math.pi * 128 ** (i / (features // 2 - 1)) for i in range(features // 2)))
@@ -40,11 +40,16 @@ class ResidualBlock(nnx.Module):
 
 
 class ResidualMLP(nnx.Module):
-    """A residual network on the flattened state, `network(x [b, *x], t [b], cond) -> [b, *out]`; the output starts at zero.
+    """A residual network on the flattened state, `network(x [b, *x], t [b], cond) -> [b, *out]`. The output starts at zero.
 
-    For small images this is the fastest network on a CPU: matrix products only. `cond` is ignored (unconditional).
+    It consists of matrix products only, which makes it fast on CPUs for small images. It is unconditional: `cond` is ignored.
 
-    `dtype` (as "bfloat16") is that of the matrix products; parameters, the residual stream, norms, sines and the output keep theirs.
+    Args:
+        shape: shape of one state.
+        out: shape of one output.
+        width, depth: width and number of residual blocks.
+        dtype: type of the matrix products, such as "bfloat16". Parameters, residuals, norms, sines and the output keep their type.
+        rngs: random keys of the parameters.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class ResidualMLP(nnx.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What rebuilds this architecture (written by `ctrl_diffusion.save`)."""
+        """The arguments that rebuild this architecture; `ctrl_diffusion.save` writes them."""
         found = {"shape": self.shape, "out": self.out, "width": self.width, "depth": self.depth}
         return found | ({} if self.dtype is None else {"dtype": self.dtype})
 
@@ -85,7 +90,7 @@ def _batched(t, x):
 
 
 def split(network: nnx.Module) -> tuple[nnx.GraphDef, Any]:
-    """The network's static part and its parameters (the only state it may have)."""
+    """The network's static part and its parameters. `ValueError` if it has other state."""
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)
     if jax.tree.leaves(rest):
         raise ValueError(
@@ -96,9 +101,9 @@ def split(network: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 
 
 def score_control(network: nnx.Module, process: DiffusionProcess, prediction: Prediction = V) -> tuple[ControlFn, Any]:
-    """A network `network(x, t, cond)` that predicts `prediction`, as a control (its score) and its parameters.
+    """The control (a score) and the parameters of a network `network(x, t, cond)` that predicts `prediction`.
 
-    `t [b]` is control time. Returns `(control, params)` with `control(params, t, x, cond) -> score`, `t` scalar or `[b]`.
+    The network gets control time as `t [b]`. Returns `(control, params)` with `control(params, t, x, cond) -> score`, `t` scalar or `[b]`.
     """
     graphdef, params = split(network)
 
@@ -110,7 +115,7 @@ def score_control(network: nnx.Module, process: DiffusionProcess, prediction: Pr
 
 
 def value_network(network: nnx.Module) -> tuple[Callable[..., Float[Array, " b"]], Any]:
-    """A network with scalar output `network(x, t, cond) -> [b]` as `F(params, t, x, cond)` and its parameters."""
+    """The function `F(params, t, x, cond) -> [b]` and the parameters of a network `network(x, t, cond) -> [b]`."""
     graphdef, params = split(network)
 
     def value(params, t, x, cond=None):

@@ -1,12 +1,12 @@
-r"""The control objective, and what every algorithm measures along a path.
+r"""The control objective and the quantities that every algorithm computes along a path.
 
     J(a) = E^a[ r(X_T) - int f dt ] - lambda KL(P^a || P^ref)
          = E^a[ r(X_T) - sum_j cost_j - lambda sum_j kl_j ],      kl_j = |scale_j (a - a_ref)(t_j, x_j)|^2 / 2
 
     V(t_j, x) = E^a[ r(X_T) - sum_{l >= j} (cost_l + lambda kl_l) | x_j = x ]
 
-An *increment* is integrated over a control interval, `V_{j+1} - V_j - cost_j - lambda kl_j`; it is the advantage rate times `dt`
-plus a martingale increment, which is what correlates with the noise.
+The *increment* of a control interval is `V_{j+1} - V_j - cost_j - lambda kl_j`. It is the advantage rate times `dt` plus a martingale
+increment. The martingale increment correlates with the noise, and likelihood ratios estimate the gradient from that correlation.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Conditions = Callable[[Key[Array, ""], int], Cond]
 
 
 def path_kl(kl: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The penalty of a step is its KL: the objective of the control problem."""
+    """The KL of a step itself: the penalty of the control problem."""
     return kl
 
 
@@ -50,11 +50,11 @@ class Objective(eqx.Module):
         sampler: process (with its running cost), control, solver and control grid.
         reward: a `Reward`, or any Python function of a numpy batch.
         kl_weight: the temperature lambda, reward units per nat of path KL; at least 0. Algorithms keep it in their state, as an array.
-        exploration: how paths are made and judged (default `Brownian()`).
-        penalty: penalty of a step as a function of its KL (default: the KL itself; others are f-divergences *per step*).
-        x0_prediction: the estimate of the final state that values build on (default `posterior_mean`).
-        conditions: what paths are sampled for, such as prompts: the law `(key, n) -> arrays [n, ...]` of an iteration's conditions, which
-            control, value and (conditional) reward are given row by row; `None`: there are none.
+        exploration: the noise of sampled paths, with its likelihood and its KL (default `Brownian()`).
+        penalty: a function from the KL of a step to its penalty (default: the KL itself; others are f-divergences *per step*).
+        x0_prediction: the estimate of the final state that values are built on (default `posterior_mean`).
+        conditions: a function `(key, n) -> arrays [n, ...]` that draws the conditions of an iteration's paths, such as prompts. Control,
+            value and conditional rewards are given the condition of each path. `None`: paths have no conditions.
     """
 
     sampler: Sampler
@@ -81,8 +81,8 @@ class Objective(eqx.Module):
     ):
         if not kl_weight >= 0:
             raise ValueError(
-                f"kl_weight={kl_weight} must not be negative: it is the temperature lambda, the penalty per nat of path KL: use 0 for "
-                "no penalty, more for a weaker tilt."
+                f"kl_weight={kl_weight} must not be negative: it is the temperature lambda, in reward units per nat of path KL. Use 0 for "
+                "no KL penalty, and a larger number to stay closer to the reference."
             )
         self.sampler, self.reward, self.kl_weight = sampler, as_reward(reward), float(kl_weight)
         self.penalised = self.kl_weight > 0
@@ -100,19 +100,19 @@ class Objective(eqx.Module):
         return self.sampler.control(params, self.sampler.ts[j], x, cond)
 
     def step_penalty(self, scales: Float[Array, "..."], a: State, a_ref: State) -> Float[Array, " m"]:
-        """Price of intervals in nats (for the KL): `penalty(|scale (a - a_ref)|^2 / 2)`, summed over state dimensions."""
+        """Penalty of intervals, nats (for the KL): `penalty(|scale (a - a_ref)|^2 / 2)`, the KL summed over state dimensions."""
         z = shift(scales, a, a_ref)
         return self.penalty(0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))
 
     def step_log_ratio(self, transitions: Transitions, a: State) -> Float[Array, " m"]:
-        """`log dP^a / dP^ref` of recorded intervals, whoever made them; summed over state dimensions."""
+        """`log dP^a / dP^ref` of recorded intervals of any policy; summed over state dimensions."""
         scale = self.scales[transitions.j]
         return log_ratio(shift(scale, a, transitions.a_old), transitions.noise) + _old_to_reference(
             scale, transitions.a_old, transitions.a_ref, transitions.noise
         )
 
     def step_log_ratios(self, a_old: Paths, a_ref: Paths, noise: Paths) -> Float[Array, "n b"]:
-        """`log dP^old / dP^ref` of every interval `[n, b, *x]`, `old` being the policy that made it; summed over state dimensions."""
+        """`log dP^old / dP^ref` of every interval `[n, b, *x]`, where `old` is the policy that sampled it; summed over state dimensions."""
         return jax.vmap(_old_to_reference)(self.scales, a_old, a_ref, noise)
 
     def costs(self, rollout: Rollout) -> Float[Array, "n b"]:
@@ -121,7 +121,7 @@ class Objective(eqx.Module):
         return rate * jnp.diff(rollout.t)[:, None]
 
     def step_penalties(self, a_old: Paths, a_ref: Paths) -> Float[Array, "n b"]:
-        """Price of every interval `[n, b, *x]` of the old policy, nats (for the KL)."""
+        """Penalty of every interval `[n, b, *x]` of the old policy, nats (for the KL)."""
         return jax.vmap(self.step_penalty)(self.kl_scales, a_old, a_ref)
 
 

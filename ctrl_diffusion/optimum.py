@@ -2,9 +2,9 @@ r"""The optimum by reweighting reference samples, and the optimality gap measure
 
     J* = lambda log E_ref exp(r / lambda),    p*(x) = p_ref(x) exp(r(x) / lambda) / Z,    KL(P* || P_ref) = E* r / lambda - log Z
 
-The reference samples come from the *same solver and grid* as the policy's: the chain has its own optimum (docs/mathematics.md).
-Exact if the first and the last state are independent under the reference (memoryless: eta = 1 and enough noise); otherwise
-`J*` is an upper bound, because the law of `X(t0)` is not controlled.
+Sample the reference with the *same solver and grid* as the policy, because every chain has its own optimum (docs/mathematics.md).
+`J*` is exact if the first and the last state are independent under the reference (memoryless: eta = 1 and enough noise). Otherwise it is
+an upper bound, because the law of `X(t0)` is not controlled.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """What the reweighted reference says of the best that any policy can reach."""
+    """The optimal policy's objective, reward and path KL, estimated from the reweighted reference."""
 
     objective: Estimate  # J*, reward units
     reward: float  # E* r
@@ -46,11 +46,13 @@ def mean_and_error(values: Values) -> Estimate:
 def reweighted_optimum(rewards: Values, kl_weight: float, *, is_bound: bool = False) -> Optimum:
     """Estimate the optimum from rewards of reference samples.
 
-    The log-mean-exp is the stable form; its standard error is first order (`kl_weight std(w) / (mean(w) sqrt(n))`). Read it with
-    `effective_sample_size`: below about 100 it is not to be trusted.
+    The standard error of the log-mean-exp is first order (`kl_weight std(w) / (mean(w) sqrt(n))`). Do not trust the estimate if
+    `effective_sample_size` is below about 100. `is_bound` is passed on to the result.
     """
     if not kl_weight > 0:
-        raise ValueError(f"kl_weight={kl_weight} must be positive: without a price the objective has no maximiser in general.")
+        raise ValueError(
+            f"kl_weight={kl_weight} must be positive: without a KL penalty the objective has no maximiser in general."
+        )
     r = np.asarray(rewards, np.float64)
     w = np.exp((r - r.max()) / kl_weight)
     log_z = r.max() / kl_weight + np.log(w.mean())
@@ -64,7 +66,7 @@ def is_memoryless(process: AbstractControlledSDE, tolerance: float = 0.05) -> bo
     """Whether the reference forgets its start: for `eta = 1`, `corr(X(t0), X(t1)) <= tolerance` for data of unit variance.
 
     Under the reverse SDE the pair (start, end) has the noising law, so the correlation is about `alpha(tau_max)` over the
-    standard deviation of `X(tau_max)`. For other `eta` no such statement holds, and the answer is no.
+    standard deviation of `X(tau_max)`. For other `eta` this does not hold, and the answer is always no.
     """
     if not isinstance(process, DiffusionProcess) or process.eta != 1:
         return False
@@ -75,7 +77,7 @@ def is_memoryless(process: AbstractControlledSDE, tolerance: float = 0.05) -> bo
 
 
 class Gap(NamedTuple):
-    """`J* - J >= 0` in reward units, and relative to the reference's own gap."""
+    """The optimality gap `J* - J >= 0`: in reward units, and relative to the gap of the reference."""
 
     objective: Estimate  # J = E[r - kl_weight path_kl]
     gap: Estimate  # J* - J
@@ -83,7 +85,7 @@ class Gap(NamedTuple):
 
 
 def optimality_gap(optimum: Optimum, reference_reward: Estimate, reward: Values, path_kl: Values, kl_weight: float) -> Gap:
-    """The gap of a policy from rewards and path KLs of its own paths; errors are combined to first order."""
+    """The gap of a policy, from rewards and path KLs of its own paths. Standard errors are first order."""
     objective = mean_and_error(np.asarray(reward, np.float64) - kl_weight * np.asarray(path_kl, np.float64))
     gap = Estimate(optimum.objective.mean - objective.mean, float(np.hypot(optimum.objective.se, objective.se)))
     scale = optimum.objective.mean - reference_reward.mean

@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh of devices, batches over all of it, parameters whole or in parts.
+"""Layouts of arrays over a mesh of devices: batches are divided over all devices, parameters are whole or divided.
 
-JAX's own SPMD: programs are written for the global arrays, and the compiler divides them. A layout without a mesh is one device, and
+This is JAX's own SPMD: programs are written for global arrays, and the compiler divides them. A layout without a mesh is one device and
 changes nothing.
 """
 
@@ -18,13 +18,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 DATA, FSDP = "data", "fsdp"
 BATCH = PartitionSpec((DATA, FSDP))
 PARAMETERS, WHOLE = "parameters", "whole"
-"""In place of the axis that counts samples: arrays that are divided as parameters are, and arrays that every device has."""
+"""Values that replace the axis that counts samples: `PARAMETERS` for arrays divided like parameters, `WHOLE` for arrays on every device."""
 
 
 def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
-    """A mesh `(data, fsdp)` of all devices (or these), of all processes: batches are divided over both axes, parameters over `fsdp`.
+    """A mesh `(data, fsdp)` of all devices of all processes. Batches are divided over both axes, parameters over `fsdp`.
 
-    `fsdp = 1` keeps all parameters on every device (data parallelism).
+    Args:
+        fsdp: number of devices that share one copy of the parameters; 1 keeps all parameters on every device (data parallelism).
+        devices: the devices to use (default: all).
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
@@ -33,11 +35,11 @@ def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
 
 
 class Layout(NamedTuple):
-    """How arrays are divided over a mesh; `put` places arrays that exist, `constrain` those of a program being traced.
+    """How arrays are divided over a mesh. `put` places existing arrays; `constrain` divides arrays inside a traced program.
 
     Attributes:
-        mesh: of `make_mesh`, or `None` for one device.
-        min_size: parameters with fewer entries are kept whole.
+        mesh: the mesh, from `make_mesh`, or `None` for one device.
+        min_size: parameters with fewer entries are kept whole on every device.
     """
 
     mesh: Mesh | None = None
@@ -49,12 +51,12 @@ class Layout(NamedTuple):
         return 1 if self.mesh is None else self.mesh.size
 
     def check_batch(self, name: str, size: int) -> None:
-        """`ValueError` if a batch cannot be divided evenly."""
+        """Raise `ValueError` if the devices cannot share a batch of `size` evenly; `name` is the argument that sets it."""
         if size % self.devices:
             raise ValueError(f"{name}={size} must be a multiple of the number of devices, {self.devices}.")
 
     def parameters(self, tree: Any) -> Any:
-        """Shardings of parameters or of what has their shapes: the largest axis that `fsdp` divides is divided."""
+        """Shardings of parameters, or of arrays with their shapes. The largest axis that `fsdp` divides evenly is divided."""
 
         def sharding(leaf):
             parts = self._mesh.shape[FSDP]
@@ -72,11 +74,11 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda _: NamedSharding(self._mesh, spec), tree)
 
     def replicated(self, tree: Any) -> Any:
-        """Shardings of arrays that every device has."""
+        """Shardings of arrays that are whole on every device."""
         return jax.tree.map(lambda _: NamedSharding(self._mesh, PartitionSpec()), tree)
 
     def shardings(self, axes: Any, tree: Any) -> Any:
-        """Shardings by `axes`, a prefix of `tree`: the axis that counts samples, `PARAMETERS` or `WHOLE`."""
+        """Shardings of `tree`. `axes`, a prefix of it, holds the axis that counts samples, `PARAMETERS` or `WHOLE`."""
 
         def of(axis: Any, part: Any) -> Any:
             if axis == PARAMETERS:
@@ -86,27 +88,27 @@ class Layout(NamedTuple):
         return jax.tree.map(of, axes, tree)
 
     def described(self, axes: Any, tree: Any) -> Any:
-        """Shapes, types and, on a mesh, shardings by `axes` of the arrays in `tree`, which need not be there."""
+        """Shapes and types of the arrays in `tree`, on a mesh with shardings by `axes`. `tree` may hold shapes only."""
         if self.mesh is None:
             return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), tree)
         return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, self.shardings(axes, tree))
 
     def gathering(self, control: Callable) -> Callable:
-        """`control(params, ...)` with divided parameters brought together where it is called, and nowhere else."""
+        """`control(params, ...)` that gathers divided parameters whenever it is called, and only there."""
         if self.mesh is None or self.mesh.shape[FSDP] == 1:
             return control
         return _Gathering(control, self)
 
     def put(self, tree: Any, shardings: Callable[[Any], Any]) -> Any:
-        """`tree`, the same on every process, placed by `shardings(tree)`."""
+        """Place `tree`, which is the same on every process, by `shardings(tree)`."""
         return tree if self.mesh is None else jax.tree.map(_placed, tree, shardings(tree))
 
     def constrain(self, tree: Any, shardings: Callable[[Any], Any]) -> Any:
-        """`tree` inside a program, divided by `shardings(tree)`."""
+        """Divide `tree` by `shardings(tree)`, inside a traced program."""
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree))
 
     def paced(self, tree: Any) -> Any:
-        """`tree`; on several CPU devices once it is there: their collectives can deadlock where a second program is under way."""
+        """`tree`; on several CPU devices after waiting for it, because their collectives can deadlock if two programs run at once."""
         if self.mesh is not None and self.mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(tree)
         return tree
@@ -118,7 +120,7 @@ class Layout(NamedTuple):
 
 
 class _Gathering(eqx.Module):
-    """A control whose parameters and own arrays are brought together first."""
+    """A control that gathers its parameters and its own arrays before it is evaluated."""
 
     control: Callable
     layout: Layout = eqx.field(static=True)
@@ -130,7 +132,7 @@ class _Gathering(eqx.Module):
 
 
 def _placed(v: Any, sharding: NamedSharding) -> jax.Array:
-    """`v` on devices of all processes; each has the whole of it."""
+    """Place `v`, which every process has as a whole, on the devices of all processes."""
     if isinstance(v, Tracer):  # shapes only: the devices need not be here
         return jax.lax.with_sharding_constraint(v, sharding)
     if sharding.is_fully_addressable or not getattr(v, "is_fully_addressable", True):
@@ -147,7 +149,7 @@ ONE_DEVICE = Layout()
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """The rows of `x` `[b, ...]` that lie on this process's devices, each once, in order; all of them where there is one process."""
+    """The rows of `x` `[b, ...]` on this process's devices, each once and in order. A single process has all rows."""
     if x.is_fully_addressable:
         return np.asarray(x)
     shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
@@ -155,7 +157,7 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def whole(tree: Any) -> Any:
-    """Arrays as numpy's, gathered from all processes where they are divided over several (then every process must call this)."""
+    """Arrays as numpy arrays. If they are divided over several processes they are gathered, and every process must call this."""
 
     def gathered(v):
         if v.is_fully_addressable or v.is_fully_replicated:
@@ -166,7 +168,7 @@ def whole(tree: Any) -> Any:
 
 
 def from_local_rows(values: np.ndarray, like: jax.Array) -> jax.Array:
-    """`[b]` numbers from those of `local_rows(like)`, of the type of `like` and divided as it is."""
+    """A global array `[b]` from the numbers of `local_rows(like)`, with the type of `like` and divided in the same way."""
     values = np.asarray(values, like.dtype)
     if isinstance(like.sharding, NamedSharding):
         rows = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:1]))

@@ -1,6 +1,6 @@
-r"""What a network predicts, as a linear change of variable of the one score.
+r"""Predictions of a network, as linear changes of variable of the score.
 
-Every prediction `u` is tied to the score `a` by `u = P(tau) x + Q(tau) a`. With `X = alpha X_data + sigma eps` and Tweedie's
+Every prediction `u` is a function of the score `a`, `u = P(tau) x + Q(tau) a`. With `X = alpha X_data + sigma eps` and Tweedie's
 `a = -eps / sigma`, `X_data = (x + sigma^2 a) / alpha`:
 
     epsilon   u = eps                                 P = 0                Q = -sigma
@@ -9,9 +9,8 @@ Every prediction `u` is tied to the score `a` by `u = P(tau) x + Q(tau) a`. With
     score     u = a                                   P = 0                Q = 1
     velocity  u = alpha' X_data + sigma' eps          P = f                Q = -g^2 / 2
 
-Primes are derivatives in noising time; v follows Salimans and Ho 2022; the velocity is the drift of the probability-flow
-ODE in noising time. Where `Q = 0` (epsilon, x0 and v at zero noise) the score cannot be recovered, and only `from_score` is
-defined.
+Primes are derivatives in noising time. v follows Salimans and Ho 2022; the velocity is the drift of the probability-flow ODE in noising
+time. If `Q = 0` (epsilon, x0 and v at zero noise) the score cannot be recovered, and only `from_score` is defined.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ Coefficients = tuple[Times, Times]
 
 
 def expand(t: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Append axes to a time-like array (scalar or `[b]`) until it broadcasts against a state `[b, *x]`."""
+    """Append axes to an array of times (scalar or `[b]`) until it broadcasts against states `[b, *x]`."""
     return t if t.ndim == 0 else t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 

@@ -1,4 +1,4 @@
-"""Denoising score matching: what a pre-trained model was trained on."""
+"""Denoising score matching, the loss of pre-training."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ def denoising_loss(
     process: DiffusionProcess,
     prediction: Prediction = V,
 ) -> Float[Array, ""]:
-    """Mean over batch and dimensions of `(network(X_tau, t) - u)^2`, `u` the true prediction, `tau` stratified over its range.
+    """Mean over batch and dimensions of `(network(X_tau, t) - u)^2`, where `u` is the true prediction and `tau` is stratified.
 
-    Sample `i` draws from `fold_in(key, i)`, so the loss does not depend on how the batch is laid out. With the prediction fixed
-    this is Vincent's (2011) denoising score matching in the weighting that the prediction implies.
+    Sample `i` draws from `fold_in(key, i)`, so the loss does not depend on how the batch is divided over devices. This is denoising score
+    matching (Vincent 2011); the prediction determines the weighting of noise levels.
     """
     schedule, n = process.schedule, x.shape[0]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))

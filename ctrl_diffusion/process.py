@@ -1,4 +1,4 @@
-r"""The controlled SDE, its price, and the diffusion process as the case where the action is the score.
+r"""The controlled SDE, its path KL, and the diffusion process, whose action is the score.
 
 Control time `t` runs from noise (`t0`) to data (`t1`). Any controlled SDE here has the action form
 
@@ -6,7 +6,7 @@ Control time `t` runs from noise (`t0`) to data (`t1`). Any controlled SDE here 
 
 For a diffusion process with noising coefficients `f, g` at `tau = horizon - t` and the noise level `eta >= 0`:
 
-    A = -f,   B = c = (1 + eta^2)/2 g^2,   G = eta g,   so the price is   k = (1 + eta^2)^2 / (8 eta^2) g^2.
+    A = -f,   B = c = (1 + eta^2)/2 g^2,   G = eta g,   so the KL rate is  k |a - a_ref|^2,  k = (1 + eta^2)^2 / (8 eta^2) g^2.
 """
 
 import abc
@@ -46,14 +46,14 @@ Args = tuple[Params, Cond]
 
 
 class AbstractControlledSDE(eqx.Module):
-    """`dX = (A X + B a) dt + G dW` on `[t0, t1]`, with a running cost; everything the objective needs to know of it."""
+    """`dX = (A X + B a) dt + G dW` on `[t0, t1]`, with a running cost. The objective needs nothing else of a process."""
 
     t0: AbstractVar[float]
     t1: AbstractVar[float]
 
     @abc.abstractmethod
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
-        """`A, B, G` in the action form, elementwise in `t`."""
+        """`A, B, G` of the action form, elementwise in `t`."""
 
     @abc.abstractmethod
     def initial(self, keys, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
@@ -61,37 +61,37 @@ class AbstractControlledSDE(eqx.Module):
 
     @abc.abstractmethod
     def term(self, control: ControlFn, path: dfx.AbstractBrownianPath | None) -> AbstractSemilinearTerm:
-        """The SDE under `control`, to be integrated with `args = (params, cond)`."""
+        """The SDE under `control`, as a term to integrate with `args = (params, cond)`."""
 
     def terminal_mean(self, t: Time, x: State, action: State) -> State:
-        """A guess of the final state from `X(t) = x`, exactly `x` at `t1`; here `x` itself."""
+        """An estimate of the final state from `X(t) = x`, exactly `x` at `t1`. The default is `x` itself."""
         return x
 
     def running_cost(self, t: Time, x: State) -> Float[Array, " b"]:
-        """Running cost rate `f(t, x)`; zero for fine-tuning."""
+        """Running cost rate `f(t, x)`, reward units per unit control time; the default is zero, as in fine-tuning."""
         return jnp.zeros(x.shape[0], x.dtype)
 
     def transition(self, solver: dfx.AbstractSolver, t0: Time, t1: Time) -> Transition:
-        """The Gaussian step `x1 = phi x0 + psi a + std xi` that `solver` makes, in the action; `TypeError` if it makes none."""
+        """The Gaussian step `x1 = phi x0 + psi a + std xi` of `solver`; `TypeError` if its steps are not of this form."""
         return gaussian_transition(solver, self.term(_no_control, None), t0, t1)
 
     def control_scale_rate(self, t: Time) -> Time:
-        """`B / G`: the control in units of the noise, `u = (B/G)(a - a_ref)`, per unit action and square-root time."""
+        """`B / G`, which gives the control in units of the noise, `u = (B/G)(a - a_ref)`; per unit action and square-root time."""
         _, b, g = self.coefficients(t)
         return b / g
 
     def kl_rate(self, t: Time, a: State, a_ref: State) -> Float[Array, " b"]:
         """Path-KL rate `k(t) |a - a_ref|^2`, nats per unit control time, summed over state dimensions; `t` scalar or `[b]`.
 
-        Infinite (or nan where the actions agree) for a deterministic process: `require_noise` says so by name.
+        For a deterministic process it is infinite, or nan where the actions agree.
         """
         scale = expand(self.control_scale_rate(t), a)
         return 0.5 * jnp.sum((scale * (a - a_ref)) ** 2, axis=tuple(range(1, a.ndim)))
 
     def improved_action(self, t: Time, a_ref: State, value_gradient: State, kl_weight: float) -> State:
-        """`a_ref + G^2 / (lambda B) grad V`: the maximiser of `B <grad V, a - a_ref> - lambda (B/G)^2 / 2 |a - a_ref|^2`.
+        """`a_ref + G^2 / (lambda B) grad V`, the maximiser of `B <grad V, a - a_ref> - lambda (B/G)^2 / 2 |a - a_ref|^2`.
 
-        With the soft value `V*` it is the optimal action. `t` scalar or `[b]`.
+        With the gradient of the soft value `V*` it is the optimal action. `t` scalar or `[b]`.
         """
         _, b, g = self.coefficients(t)
         return a_ref + expand(g**2 / (kl_weight * b), a_ref) * value_gradient
@@ -101,7 +101,7 @@ class AbstractControlledSDE(eqx.Module):
         return uniform(self.t0, self.t1, steps)
 
     def check_grid(self, ts) -> np.ndarray:
-        """Return `ts` checked: increasing, and from `t0` to `t1` exactly (to 1e-6 of the span)."""
+        """Return `ts`, checked: it must increase from `t0` to `t1` (up to 1e-6 of the span). Else `ValueError`."""
         ts = check_grid(ts)
         tolerance = 1e-6 * (self.t1 - self.t0)
         if abs(ts[-1] - self.t1) > tolerance:
@@ -114,16 +114,16 @@ class AbstractControlledSDE(eqx.Module):
 
 
 class DiffusionProcess(AbstractControlledSDE):
-    r"""Sampling from a diffusion model as a controlled SDE: the score is the action.
+    r"""Sampling from a diffusion model as a controlled SDE. The action is the score.
 
-    `dX = [-f X + (1 + eta^2)/2 g^2 a(t, X)] dt + eta g dW`. With `a` the true score all `eta` share the same marginals; `eta = 0`
-    is the probability-flow ODE, `eta = 1` the reverse SDE (Song et al. 2021, eq. 6 and 13; the eta family is the continuous
-    limit of DDIM(eta)).
+    `dX = [-f X + (1 + eta^2)/2 g^2 a(t, X)] dt + eta g dW`. If `a` is the true score, all `eta` have the same marginals. `eta = 0` is the
+    probability-flow ODE, `eta = 1` the reverse SDE (Song et al. 2021, eq. 6 and 13). The family in `eta` is the continuous limit of
+    DDIM(eta).
 
     Args:
-        schedule: the noising.
+        schedule: the noise schedule.
         eta: noise level, at least 0, a Python float.
-        frozen: the prediction that exponential integrators hold constant over a step (`X0`: DDIM / ancestral sampling).
+        frozen: the prediction that exponential integrators hold constant over a step (`X0`: DDIM and ancestral sampling).
     """
 
     schedule: AbstractSchedule
@@ -149,7 +149,7 @@ class DiffusionProcess(AbstractControlledSDE):
         return self.schedule.horizon - t
 
     def g(self, t: Time) -> Time:
-        """The noising diffusion `g` at control time `t`."""
+        """The diffusion coefficient `g` of the noising SDE at control time `t`."""
         return jnp.sqrt(self.schedule.g_squared(self.tau(t)))
 
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
@@ -158,7 +158,7 @@ class DiffusionProcess(AbstractControlledSDE):
         return -self.schedule.f(tau), 0.5 * (1 + self.eta**2) * g_squared, self.eta * jnp.sqrt(g_squared)
 
     def initial(self, keys, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
-        """`N(0, sigma(tau_max)^2)`: the noising law of `X(t0)` up to `alpha(tau_max)` times the data."""
+        """Draw from `N(0, sigma(tau_max)^2)`. The noising law of `X(t0)` differs from it by `alpha(tau_max)` times the data."""
         tau = jnp.asarray(self.schedule.tau_max, dtype)
         return self.schedule.sigma(tau) * standard_normal(keys, 0, shape, dtype)
 
@@ -179,21 +179,21 @@ class DiffusionProcess(AbstractControlledSDE):
     def terminal_mean(self, t: Time, x: State, action: State) -> State:
         """Posterior mean of the final state `X(t1)` given `X(t) = x` under the noising law of the score.
 
-        Equals `denoise` when `tau_min = 0`, and exactly `x` at `t = t1` always: what makes `V(t1, x) = r(x)` for values
-        built on `r(terminal_mean)`.
+        It equals `denoise` if `tau_min = 0`. At `t = t1` it is exactly `x`, so values built on `r(terminal_mean)` have
+        `V(t1, x) = r(x)`.
         """
         end = self.tau(jnp.asarray(self.t1, t.dtype))  # tau_min, rounded as tau(t) is
         phi, psi, _ = _x0_transition(self.schedule, 1.0, self.tau(t), end)
         return expand(phi, x) * x + expand(psi, x) * self.denoise(t, x, action)
 
     def require_noise(self, use: str, remedy: str) -> None:
-        """Raise if `eta = 0`, where path KL is infinite and steps have no likelihood."""
+        """Raise `ValueError` if `eta = 0`: the path KL is then infinite, and steps have no likelihood."""
         if self.eta == 0:
             raise ValueError(f"eta=0: {use} is undefined for a deterministic sampler. {remedy}")
 
 
 class DiffusionTerm(AbstractSemilinearTerm):
-    """A diffusion process under a control, written in the variable `u` that `process.frozen` names: `u = p x + q a`."""
+    """A diffusion process under a control, written in the prediction that `process.frozen` names: `u = p x + q a`."""
 
     process: DiffusionProcess
     action: ControlFn
@@ -224,11 +224,11 @@ class DiffusionTerm(AbstractSemilinearTerm):
         return _quadrature_transition(self, t0, t1)
 
     def clock(self, t):
-        """The log-SNR, in which network outputs are smooth."""
+        """The log-SNR. Network outputs are smooth functions of it."""
         return self.process.schedule.log_snr(self.process.tau(t))
 
     def time_at(self, clock):
-        """The time of a log-SNR, no earlier than the start of the process."""
+        """The control time of a log-SNR, not before the start of the process."""
         schedule = self.process.schedule
         ends = jnp.log(jnp.asarray([1e-8 * schedule.horizon, schedule.tau_max], clock.dtype))
         return schedule.horizon - jnp.exp(decreasing_inverse(lambda s: schedule.log_snr(jnp.exp(s)), clock, *ends))
@@ -247,8 +247,8 @@ def _x0_transition(schedule: AbstractSchedule, eta: float, tau0, tau1) -> Transi
 
     `h = lambda1 - lambda0` is the step in log-SNR.
 
-    `x - alpha x0` solves the homogeneous equation, hence `psi`. At `sigma1 = 0` both phi and std vanish: h is infinite there, and
-    is formed from `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`, which is not. The `expm1` keeps the digits of std at small steps.
+    `psi` follows because `x - alpha x0` solves the homogeneous equation. At `sigma1 = 0`, `h` is infinite and phi and std vanish;
+    the code uses `e^{-h} = sigma1 alpha0 / (sigma0 alpha1)`, which stays finite. `expm1` keeps the digits of std at small steps.
     """
     alpha0, alpha1 = schedule.alpha(tau0), schedule.alpha(tau1)
     ratio, sigma1 = schedule.sigma(tau1) / schedule.sigma(tau0), schedule.sigma(tau1)
@@ -273,7 +273,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def _quadrature_transition(term: AbstractSemilinearTerm, t0, t1) -> Transition:
-    r"""Any frozen variable: `phi = exp int A`, `psi = int phi(s, t1) B(s) ds`, `std^2 = int phi(s, t1)^2 G(s)^2 ds`.
+    r"""Any frozen prediction: `phi = exp int A`, `psi = int phi(s, t1) B(s) ds`, `std^2 = int phi(s, t1)^2 G(s)^2 ds`.
 
     Integrals by 16-point Gauss-Legendre quadrature.
     """

@@ -1,4 +1,4 @@
-"""Which paths a policy is trained on: its own, a replay buffer of past ones, or the reference's."""
+"""Which paths a policy is trained on: its own, past ones from a replay buffer, or paths of the reference policy."""
 
 import abc
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from .process import Params
 from .rollout import AXES, Rollout, over_paths
 
 Priority = Callable[[Float[Array, " n"]], Float[Array, " n"]]
-"""Weights, at least 0, of stored paths by their rewards."""
+"""A function from rewards of stored paths to weights, at least 0, that paths are drawn with."""
 
 
 class AbstractBehaviour(eqx.Module):
-    """The behaviour policy, which samples, and what is kept of its paths."""
+    """The behaviour policy, which samples paths, and the buffer that keeps them."""
 
     @property
     def axes(self) -> Any:
-        """For every array of the buffer, the axis that counts paths (`parallel.WHOLE`: none); a prefix of its tree."""
+        """The axis of every array of the buffer that counts paths (`parallel.WHOLE`: none), as a prefix of the buffer's tree."""
         return ()
 
     def policy(self, params: Params, reference: Params) -> Params:
@@ -31,7 +31,7 @@ class AbstractBehaviour(eqx.Module):
 
     @abc.abstractmethod
     def init(self, rollout: Rollout) -> Any:
-        """An empty buffer for rollouts of these shapes (`jax.ShapeDtypeStruct`s)."""
+        """An empty buffer for rollouts with the shapes of `rollout` (`jax.ShapeDtypeStruct`s)."""
 
     @abc.abstractmethod
     def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
@@ -39,7 +39,7 @@ class AbstractBehaviour(eqx.Module):
 
 
 class OnPolicy(AbstractBehaviour):
-    """The policy's own paths, used in the iteration that made them."""
+    """The policy's own paths. Each is used only in the iteration that sampled it."""
 
     def init(self, rollout: Rollout) -> Any:
         return ()
@@ -49,7 +49,7 @@ class OnPolicy(AbstractBehaviour):
 
 
 class Reference(AbstractBehaviour):
-    """Paths of the reference."""
+    """Paths of the reference policy."""
 
     def policy(self, params: Params, reference: Params) -> Params:
         return reference
@@ -61,26 +61,30 @@ class Reference(AbstractBehaviour):
         return buffer, rollout
 
 
-def uniform(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Every path alike."""
+def uniform_priority(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The same weight for every path."""
     return jnp.ones_like(rewards)
 
 
 def positive_reward(rewards: Float[Array, " n"]) -> Float[Array, " n"]:
-    """In proportion to `max(r, 0)`; every path alike if none is positive."""
+    """Weights proportional to `max(r, 0)`; the same weight for every path if no reward is positive."""
     weights = jnp.maximum(rewards, 0)
     return jnp.where(jnp.sum(weights) > 0, weights, jnp.ones_like(weights))
 
 
 class ReplayBuffer(AbstractBehaviour):
-    """The last `capacity` paths, first in first out; each iteration draws from them, with replacement.
+    """The last `capacity` paths, first in first out. Each iteration draws its batch from them, with replacement.
 
-    Exact for pathwise, matching and trajectory estimators, which hold for any law of states (`a_old` and `noise` of a stored path
-    are those of the policy that made it). Likelihood ratios against old paths are importance-weighted one step at a time only.
+    Replay is exact for pathwise, matching and trajectory estimators, which hold for any law of states: `a_old` and `noise` of a stored
+    path belong to the policy that sampled it. Likelihood ratios correct old paths one step at a time only.
+
+    Args:
+        capacity: paths to keep, at least one batch.
+        priority: weights to draw with, a function of the stored rewards (default: `uniform_priority`).
     """
 
     capacity: int = eqx.field(static=True)
-    priority: Priority = eqx.field(static=True, default=uniform)
+    priority: Priority = eqx.field(static=True, default=uniform_priority)
 
     def __check_init__(self):
         if self.capacity < 1:
@@ -92,7 +96,9 @@ class ReplayBuffer(AbstractBehaviour):
 
     def init(self, rollout: Rollout) -> Any:
         if self.capacity < rollout.reward.shape[0]:
-            raise ValueError(f"capacity={self.capacity} must hold at least one batch of {rollout.reward.shape[0]} paths.")
+            raise ValueError(
+                f"capacity={self.capacity} must hold at least one batch of {rollout.reward.shape[0]} paths (Training.batch)."
+            )
 
         def empty(axis, like):
             return jnp.zeros(like.shape[:axis] + (self.capacity,) + like.shape[axis + 1 :], like.dtype)
@@ -102,10 +108,10 @@ class ReplayBuffer(AbstractBehaviour):
     def update(self, key: Key[Array, ""], buffer: Any, rollout: Rollout) -> tuple[Any, Rollout]:
         stored, count = buffer
         batch = rollout.reward.shape[0]
-        transitions = (count + jnp.arange(batch)) % self.capacity
+        slots = (count + jnp.arange(batch)) % self.capacity
 
         def put(axis, old, new):
-            return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[transitions].set(jnp.moveaxis(new, axis, 0)), 0, axis)
+            return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[slots].set(jnp.moveaxis(new, axis, 0)), 0, axis)
 
         stored = over_paths(put, stored, rollout)._replace(t=rollout.t)
         filled = jnp.arange(self.capacity) < count + batch

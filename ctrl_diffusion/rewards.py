@@ -1,4 +1,4 @@
-"""Rewards: a batch of final states to one number each, differentiable (JAX) or black box (any Python function, on the host)."""
+"""Rewards: functions from a batch of final states to one number each, in JAX (differentiable) or in Python on the host (black box)."""
 
 import multiprocessing
 import multiprocessing.pool
@@ -18,18 +18,18 @@ from .parallel import from_local_rows, local_rows
 
 
 class Reward(eqx.Module):
-    """A reward `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` where it is `conditional`.
+    """A reward `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` if it is `conditional`.
 
-    `differentiable` rewards are JAX functions and get JAX arrays; black boxes get numpy arrays and run on the host.
+    `differentiable` rewards are JAX functions of JAX arrays. Black boxes get numpy arrays and run on the host.
 
     Attributes:
-        name: under which it is logged.
-        fn: a function, or a callable pytree (an `equinox.Module`, a `jax.tree_util.Partial`), whose arrays are arguments of compiled
-            programs: so a large reward network is.
-        differentiable: whether it is a JAX function.
+        name: the name in logs.
+        fn: a function, or a callable pytree (an `equinox.Module`, a `jax.tree_util.Partial`). Arrays of a pytree become arguments of
+            compiled programs; use one for a large reward network.
+        differentiable: whether `fn` is a JAX function.
         parts: weights and rewards of a `weighted_sum`, which are evaluated and logged one by one.
-        conditional: whether it takes the conditions of the samples, arrays `[b, ...]`.
-        view: a JAX function (or callable pytree) that is applied to `x` on the devices before a black box sees it, such as a decoder.
+        conditional: whether `fn` takes the conditions of the samples, arrays `[b, ...]`.
+        view: a JAX function or callable pytree, such as a decoder, that the devices apply to `x` before a black box gets it.
     """
 
     name: str = eqx.field(static=True)
@@ -40,16 +40,16 @@ class Reward(eqx.Module):
     view: Callable[..., Any] | None = None
 
     def __call__(self, x: Any, cond: Any = None) -> Any:
-        """The rewards of samples, unchecked: `evaluate` checks, and applies `view`."""
+        """The rewards of samples, unchecked and without `view`; `compute_rewards` checks them and applies `view`."""
         return self.fn(x, cond) if self.conditional else self.fn(x)
 
 
 class RewardError(ValueError):
-    """A reward that returned something other than one finite number per sample, or raised."""
+    """A reward raised an exception, or did not return one finite number per sample."""
 
 
 class _Compiled(eqx.Module):
-    """A callable pytree, compiled once for all that differ in its arrays only."""
+    """A callable pytree; pytrees that differ only in the numbers of their arrays share one compilation."""
 
     fn: Callable[..., Any]
 
@@ -63,23 +63,25 @@ def _apply(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def differentiable(fn: Callable[..., Float[Array, " b"]], name: str | None = None, *, conditional: bool = False) -> Reward:
-    """A JAX reward `fn(x [b, *x]) -> [b]`, `fn(x, cond)` if `conditional`; compiled once."""
+    """A differentiable reward from a JAX function `fn(x [b, *x]) -> [b]`, or `fn(x, cond)` if `conditional`. It is compiled once."""
     has_arrays = any(eqx.is_array(leaf) for leaf in jax.tree.leaves(fn))
     return Reward(name or _name(fn), _Compiled(fn) if has_arrays else jax.jit(fn), True, conditional=conditional)
 
 
 def black_box(fn: Callable[..., Any], name: str | None = None, *, conditional: bool = False) -> Reward:
-    """Any Python function from a numpy batch `[b, *x]` (and its conditions, if `conditional`) to `b` numbers."""
+    """A reward from any Python function of a numpy batch `[b, *x]` (and its conditions, if `conditional`) that returns `b` numbers."""
     return Reward(name or _name(fn), fn, False, conditional=conditional)
 
 
 def seen_through(
     view: Callable[[Float[Array, "b *x"]], Float[Array, "b *y"]], reward: Reward | Callable, *, chunk: int | None = None
 ) -> Reward:
-    """The reward of `view(x)`, for example of images that a decoder makes of latents.
+    """The reward of `view(x)`, for example of images that a decoder makes from latents.
 
-    `view` is a JAX function or a callable pytree; it runs on the devices, for a black box as well. With `chunk` a differentiable reward
-    sees so many samples at a time (`in_chunks`): never are there more views than those.
+    Args:
+        view: a JAX function or callable pytree. It runs on the devices, also for a black box.
+        reward: a `Reward`, or any Python function of a numpy batch.
+        chunk: number of samples that a differentiable reward views at a time (`in_chunks`), which bounds memory; `None`: all.
     """
     reward = as_reward(reward)
     parts = tuple((weight, seen_through(view, part, chunk=chunk)) for weight, part in reward.parts)
@@ -101,7 +103,7 @@ class _Chain(eqx.Module):
 
 
 class _Chunks(eqx.Module):
-    """`fn`, `size` rows at a time."""
+    """`fn` on `size` rows at a time."""
 
     fn: Callable[..., Any]
     size: int = eqx.field(static=True)
@@ -111,9 +113,9 @@ class _Chunks(eqx.Module):
 
 
 def weighted_sum(*parts: tuple[float, Reward | Callable]) -> Reward:
-    """`sum_i weight_i reward_i`, differentiable if every part is: `weighted_sum((1.0, aesthetic), (-0.1, black_box(jpeg_bytes)))`.
+    """`sum_i weight_i reward_i`; it is differentiable if every part is. `weighted_sum((1.0, aesthetic), (-0.1, black_box(jpeg_bytes)))`.
 
-    The mean of every part is logged under its name, which must be its own.
+    The mean of every part is logged under its name. `ValueError` if there is no part, or two parts have the same name.
     """
     found = tuple((float(weight), as_reward(part)) for weight, part in parts)
     names = [part.name for _, part in found]
@@ -143,14 +145,19 @@ def pooled(
     name: str | None = None,
     conditional: bool = False,
 ) -> Reward:
-    """A black box that is called on parts of the batch at the same time, on this host.
+    """A black box that computes parts of the batch in parallel, on this host.
 
     Args:
         fn: any Python function from a numpy batch `[m, *x]` (and its conditions, if `conditional`) to `m` numbers, `m <= chunk`.
-        workers: threads or processes (default: as many as there are cores).
+        workers: number of threads or processes (default: the number of cores).
         chunk: samples per call.
-        processes: use processes instead of threads, for code that holds Python's global lock; `fn` must then be importable (no lambda).
-        time_limit: seconds that a batch may take; a reward that hangs then raises, naming the samples it hangs on.
+        processes: use processes instead of threads, for code that holds Python's global lock. `fn` must then be importable (no lambda).
+        time_limit: seconds that a batch may take. Beyond it the reward fails, with an error that names the missing samples.
+        name: the name in logs (default: that of `fn`).
+        conditional: whether `fn` takes the conditions of the samples as its second argument.
+
+    Raises:
+        ValueError: for numbers that are not positive.
     """
     if (workers is not None and workers < 1) or chunk < 1 or not (time_limit is None or time_limit > 0):
         raise ValueError(f"workers={workers} and chunk={chunk} must be at least 1, time_limit={time_limit} positive (seconds).")
@@ -186,23 +193,32 @@ def _rows(tree: Any, start: int, count: int) -> Any:
 
 
 def as_reward(reward: Reward | Callable) -> Reward:
-    """A `Reward` unchanged; a plain function as a black box (always valid: use `differentiable` to promise more)."""
+    """A `Reward` unchanged, or a plain function as a black box. Wrap a JAX function in `differentiable` to get its gradient."""
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
-        raise TypeError(f"reward={reward!r} must be a function from a batch of samples to one number each.")
+        raise TypeError(
+            f"reward={reward!r} must be a function from a batch of samples to one number each: pass a function or a Reward."
+        )
     return black_box(reward)
 
 
-def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, " b"]:
-    """Evaluate and check: one finite number per sample, else a `RewardError` that says which sample and what to do.
+def compute_rewards(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, " b"]:
+    """The rewards of samples, checked: one finite number per sample.
 
-    `cond` are the conditions of the samples, arrays `[b, ...]`, for rewards that take them.
-    Of a batch that is divided over processes each evaluates and checks the rows on its own devices; the result is divided alike,
-    and an error of one is raised by all.
+    If the batch is divided over processes, each computes and checks the rows on its own devices. The result is divided in the same way,
+    and an error on one process is raised on all.
+
+    Args:
+        reward: the reward; its `view` is applied.
+        x: samples.
+        cond: their conditions, arrays `[b, ...]`, for rewards that take them.
+
+    Raises:
+        RewardError: if the reward raises or returns anything else; the message names the sample and the remedy.
     """
     if reward.parts and not reward.differentiable:
-        return sum(weight * evaluate(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
+        return sum(weight * compute_rewards(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
     seen = x if reward.differentiable or reward.view is None else _apply(reward.view, x)
     try:
         values, error = _checked(reward, seen, cond), None
@@ -213,7 +229,7 @@ def evaluate(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> Float
 
 
 def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
-    """The numbers of a differentiable reward, those of this process's rows of any other."""
+    """All numbers of a differentiable reward; of a black box, the numbers of this process's rows."""
     if reward.differentiable:
         values = _called(reward, x, cond)
         _check(reward, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
@@ -225,22 +241,22 @@ def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
 
 
 def _raise_together(reward: Reward, error: RewardError | None, x: Float[Array, "b *x"]) -> None:
-    """Raise the error, on all processes that share `x`: the others would wait for the one that failed."""
+    """Raise the error on all processes that share `x`. Otherwise the others would wait for the one that failed."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
         if error is None and len(failed):
-            error = RewardError(f"reward {reward.name!r} failed on process {failed[0]}, which says why.")
+            error = RewardError(f"reward {reward.name!r} failed on process {failed[0]}: see the error message of that process.")
     if error is not None:
         raise error
 
 
-def evaluate_parts(
+def compute_reward_terms(
     reward: Reward, x: Float[Array, "b *x"], cond: Any = None
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """`evaluate`, and the values of the parts of a `weighted_sum` by name (none of any other reward)."""
+    """`compute_rewards`, and the rewards of the parts of a `weighted_sum` by name; other rewards have no parts."""
     if not reward.parts:
-        return evaluate(reward, x, cond), {}
-    values = {part.name: evaluate(part, x, cond) for _, part in reward.parts}
+        return compute_rewards(reward, x, cond), {}
+    values = {part.name: compute_rewards(part, x, cond) for _, part in reward.parts}
     return sum(weight * values[part.name] for weight, part in reward.parts), values  # pyright: ignore[reportReturnType]
 
 
@@ -252,7 +268,7 @@ def _called(reward: Reward, x, cond) -> Any:
 
 
 def _check(reward: Reward, found: tuple[int, ...], values: np.ndarray, shape: tuple[int, ...]) -> None:
-    """`RewardError` unless a batch of `shape` got finite `values`, one for each."""
+    """Raise `RewardError` unless `values` are finite numbers, one for each sample of a batch of `shape`."""
     if found != shape[:1]:
         raise RewardError(
             f"reward {reward.name!r} returned shape {found} for a batch of {shape[0]} samples: "

@@ -1,7 +1,6 @@
-"""What is recorded of an iteration's paths, and the transitions of it that a loss is computed on.
+"""The recorded paths of an iteration (`Rollout`), and the transitions that a loss is computed on (`Transitions`).
 
-State-sized arrays are kept only where an estimator, a value or a critic declares that it reads them; a field that nobody reads is
-`None`.
+A state-sized array is kept only if an estimator, a value or a critic declares that it reads it. A field that nothing reads is `None`.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +13,18 @@ from .process import Cond
 
 
 class Transitions(NamedTuple):
-    """What a loss is computed on: `[m]` (time, sample) pairs, or `[m, n]` whole paths; `j` is the control interval.
+    """The arguments of a loss: `[m]` (time, sample) pairs, or `[m, n]` whole paths. Fields that nothing reads are `None`.
 
-    `policy_target` is what the estimator computed ahead: advantages `[m]`, target actions `[m, *x]`, or nothing; `value_target` is
-    what the value is regressed on. `x_next` is the state
-    at the end of the interval, `weight` what its loss counts (1, unless times are sampled unevenly), `cond` the conditions of the
-    transitions, arrays `[m, ...]` (`None` where there are none). Fields that neither the estimator nor the critic reads are `None`.
+    Attributes:
+        j: the control interval.
+        x: the state at its start `[m, *x]`.
+        weight: the weight of the transition in the loss; 1, unless times are sampled unevenly.
+        policy_target: what the estimator computed for the policy's loss: advantages `[m]`, target actions `[m, *x]`, or `None`.
+        x_next: the state at the end of the interval `[m, *x]`.
+        noise, a_old, a_ref: standard normals of the interval, actions of the sampling policy and of the reference `[m, *x]`.
+        x_hat, r_hat: the x0 prediction `[m, *x]` and its reward `[m]`.
+        value_target: the regression target of the value `[m]`.
+        cond: conditions, arrays `[m, ...]`.
     """
 
     j: Int[Array, "..."]
@@ -37,17 +42,18 @@ class Transitions(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A batch of paths made by an old policy, with what is needed to judge them; `n = K - 1` intervals.
+    """A batch of paths that an old policy sampled, with their rewards and penalties; `n = K - 1` intervals.
 
     Attributes:
         t: control times `[K]`.
         x: states `[K, b, *x]`.
         reward: of the final states `[b]`.
-        penalty: the KL of each interval (or the divergence that `Objective.penalty` makes of it), nats, `[n, b]`.
+        penalty: the KL of each interval, or the function `Objective.penalty` of it, nats, `[n, b]`.
         log_ratio: `log dP^old / dP^ref` of each interval `[n, b]`, summed over state dimensions.
-        noise, a_old, a_ref: standard normals and old and reference actions of the intervals `[n, b, *x]`; `None` where nothing reads them.
-        x_hat, r_hat: estimates of the final state `[n, b, *x]` and their rewards `[n, b]`; `None` where the value uses none.
-        cond: the conditions of the paths, arrays `[b, ...]` (`None` where there are none).
+        noise, a_old, a_ref: standard normals of the intervals, actions of the old policy and of the reference `[n, b, *x]`; `None` if
+            nothing reads them.
+        x_hat, r_hat: x0 predictions `[n, b, *x]` and their rewards `[n, b]`; `None` if the value uses none.
+        cond: the conditions of the paths, arrays `[b, ...]`; `None` if there are none.
     """
 
     t: Float[Array, " K"]
@@ -68,7 +74,7 @@ AXES = Rollout(WHOLE, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0)  # pyright: ignore[reportArg
 
 
 def over_paths(fn, *rollouts: Rollout) -> Rollout:
-    """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is that of the first."""
+    """Apply `fn(axis, *arrays)` to every field with an axis of paths; `t` is taken from the first rollout."""
 
     def field(axis, *values):
         return values[0] if axis == WHOLE else jax.tree.map(lambda *v: fn(axis, *v), *values)
@@ -77,12 +83,12 @@ def over_paths(fn, *rollouts: Rollout) -> Rollout:
 
 
 class Fields(NamedTuple):
-    """Names of the recorded fields that something reads: of whole paths (`Rollout`), and of transitions (`Transitions`)."""
+    """Names of the recorded fields that an estimator reads: from whole paths (`Rollout`), and from `Transitions`."""
 
     paths: frozenset[str] = frozenset()
     transitions: frozenset[str] = frozenset()
 
 
 RECORDED = frozenset({"noise", "a_old", "a_ref"})
-"""State-sized fields of a rollout, which are kept where they are declared."""
+"""State-sized fields of a rollout; they are kept only if something declares that it reads them."""
 EVERY_FIELD = Fields(RECORDED, RECORDED | {"x_next"})

@@ -1,4 +1,4 @@
-"""A process, its control, a solver and a grid: everything that turns keys into samples."""
+"""The sampler: a process, its control, a solver and a grid. It turns random keys into samples."""
 
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ from .solvers import ExponentialEuler, KeyedPath, RecordedPath, Transition, inte
 
 
 class Trajectory(NamedTuple):
-    """A batch of paths on the control grid; everything else is recomputed from it.
+    """A batch of paths on the control grid: times, states and noise. Everything else is recomputed from them.
 
-    `noise[j]` holds the standard normals of interval `j` that the policy is judged by: the Brownian increment over
-    `sqrt(dt)`, or the action noise over its standard deviation.
+    `noise[j]` holds the standard normals of interval `j` that its likelihood depends on: the Brownian increment over `sqrt(dt)`, or the
+    action noise over its standard deviation.
     """
 
     t: Float[Array, " K"]
@@ -27,7 +27,7 @@ class Trajectory(NamedTuple):
 
 
 class Sampler(eqx.Module):
-    """Integrates the controlled SDE; sample `i` depends on `keys[i]` and its own condition alone.
+    """Integrates the controlled SDE. Sample `i` depends only on `keys[i]` and its own condition.
 
     Args:
         process: the controlled SDE.
@@ -35,7 +35,7 @@ class Sampler(eqx.Module):
         shape: shape of one sample.
         grid: control times, ascending from `process.t0` to `process.t1` (default: 50 equal steps).
         solver: any diffrax solver; one step per grid interval (default `ExponentialEuler`).
-        dtype: of the state and the times.
+        dtype: type of states and times.
     """
 
     process: AbstractControlledSDE
@@ -79,14 +79,14 @@ class Sampler(eqx.Module):
         *,
         adjoint: dfx.AbstractAdjoint | None = None,
     ) -> State:
-        """Final states `X(t1)`, `[b, *shape]`; nothing else is stored."""
+        """Final states `X(t1)`, `[b, *shape]`. States at other times are not stored."""
         x0, keys = self.start(keys)
         path = self.brownian(self.ts, keys) if self.is_stochastic else None
         term = self.process.term(self.control, path)
         return integrate(term, self.solver, self.grid, x0, (params, cond), adjoint=adjoint)
 
     def trajectory(self, params: Params, keys: Key[Array, " b"], cond: Cond = None) -> Trajectory:
-        """The same paths as `sample`, with states and driving noise recorded at every grid time (zeros for an ODE)."""
+        """The paths of `sample`, with states and noise at every grid time. The noise of an ODE is zero."""
         x0, keys = self.start(keys)
         path = noise = None
         if self.is_stochastic:
@@ -99,15 +99,18 @@ class Sampler(eqx.Module):
         return Trajectory(self.ts, x, jnp.zeros_like(x[1:]) if noise is None else noise)
 
     def transitions(self) -> Transition:
-        """The chain's steps, affine Gaussian in the action, one row per interval; `TypeError` for solvers that make none."""
+        """The coefficients of the chain's steps, Gaussian and affine in the action, one number per interval.
+
+        Raises `TypeError` for solvers without a Gaussian transition.
+        """
         with jax.ensure_compile_time_eval():
             return _transitions(self.process, self.solver, self.ts)
 
     def chain_scales(self) -> Float[Array, " n"]:
-        """`psi / std` of every step: the change of a step's mean in units of its noise, per unit of action.
+        """`scale_j = psi / std` of every step: the change of its mean in units of its noise, per unit of action.
 
         The chain's own path KL is `sum_j |scale_j (a_j - a_ref_j)|^2 / 2`. Raises `TypeError` for solvers without a Gaussian
-        transition and `ValueError` where a step ends without noise.
+        transition, and `ValueError` if a step has no noise.
         """
         with jax.ensure_compile_time_eval():
             step = self.transitions()
@@ -121,12 +124,12 @@ class Sampler(eqx.Module):
         return scales
 
     def girsanov_scales(self) -> Float[Array, " n"]:
-        """`(B/G) sqrt(dt)` at the left ends: the same for any solver by Girsanov's formula, to first order in the step."""
+        """`(B/G) sqrt(dt)` at the left ends: scales of Girsanov's path KL, for any solver, to first order in the step."""
         with jax.ensure_compile_time_eval():
             return jax.jit(lambda ts: self.process.control_scale_rate(ts[:-1]) * jnp.sqrt(jnp.diff(ts)))(self.ts)
 
     def brownian(self, ts, keys) -> KeyedPath:
-        """Keyed Brownian motion on `ts` with the Levy area that the solver asks for."""
+        """Brownian motion on `ts`, one path per key, with the Levy area that the solver needs."""
         return KeyedPath(ts=ts, keys=keys, shape=self.shape, levy_area=levy_area_for(self.solver))
 
 
@@ -136,7 +139,7 @@ def _transitions(process: AbstractControlledSDE, solver: dfx.AbstractSolver, ts:
 
 
 def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, cond: Cond = None) -> Float[Array, "n b *x"]:
-    """Actions of `control` at every recorded state but the last, one time at a time (memory of one network call).
+    """Actions of `control` at every recorded state but the last, one time after the other, in the memory of one network call.
 
     `cond` has one row per path.
     """
@@ -144,13 +147,13 @@ def path_actions(control: ControlFn, params: Params, trajectory: Trajectory, con
 
 
 def step_kl(scales: Float[Array, " n"], a, a_ref) -> Float[Array, "n b"]:
-    """KL of every step, `|scale_j (a_j - a_ref_j)|^2 / 2`, summed over state dimensions; its sum over steps is the path KL."""
+    """KL of every step in nats, `|scale_j (a_j - a_ref_j)|^2 / 2`, summed over state dimensions. The sum over steps is the path KL."""
     z = expand(scales, a) * (a - a_ref)
     return 0.5 * jnp.sum(z**2, axis=tuple(range(2, a.ndim)))
 
 
 def log_ratio(z: Float[Array, "n *x"], noise: Float[Array, "n *x"]) -> Float[Array, " n"]:
-    r"""`log dP_new / dP_old` of steps made by the old policy with `noise`: `z . noise - |z|^2 / 2`, summed over dimensions.
+    r"""`log dP_new / dP_old` of steps that the old policy made with `noise`: `z . noise - |z|^2 / 2`, summed over dimensions.
 
     `z = scale (a_new - a_old)`. Girsanov's formula, exact for Gaussian transitions and for Gaussian action noise.
     """

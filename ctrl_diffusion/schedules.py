@@ -4,9 +4,9 @@ A schedule gives `log alpha` and `sigma^2`; the noising SDE `dX = f X dtau + g d
 
     f = d log alpha / dtau,     g^2 = d sigma^2 / dtau - 2 f sigma^2,     lambda = log(alpha / sigma)
 
-All functions work elementwise on `tau` of any shape. `tau_min` and `tau_max` bound the part that is sampled: control time
-`t = horizon - tau` runs from `horizon - tau_max` (noise) to `horizon - tau_min` (data). `tau_min > 0` keeps the last step of
-an SDE away from zero noise, where a change of mean would have infinite KL.
+All functions work elementwise on `tau` of any shape. Samplers use the part from `tau_max` to `tau_min`: control time `t = horizon - tau`
+runs from `horizon - tau_max` (noise) to `horizon - tau_min` (data). `tau_min > 0` keeps the last step of an SDE away from zero noise,
+where a change of its mean has infinite KL.
 """
 
 import abc
@@ -67,7 +67,7 @@ class AbstractSchedule(eqx.Module):
 
     def __check_init__(self):
         if not self.horizon > 0:
-            raise ValueError(f"horizon={self.horizon} must be positive.")
+            raise ValueError(f"horizon={self.horizon} must be positive: it is the length of noising time.")
         if not 0 <= self.tau_min < self.tau_max <= self.horizon:
             raise ValueError(
                 f"tau_min={self.tau_min}, tau_max={self.tau_max} must satisfy 0 <= tau_min < tau_max <= horizon={self.horizon}."
@@ -84,7 +84,7 @@ class AbstractVariancePreserving(AbstractSchedule):
 class VPLinear(AbstractVariancePreserving):
     """`beta(tau)` linear from `beta_min` to `beta_max` over the horizon (Ho et al. 2020; Song et al. 2021, eq. 32).
 
-    `beta_min = beta_max` is the constant-rate Ornstein-Uhlenbeck process.
+    With `beta_min = beta_max` it is the Ornstein-Uhlenbeck process.
     """
 
     beta_min: float = eqx.field(static=True, default=0.1)
@@ -100,7 +100,7 @@ class VPLinear(AbstractVariancePreserving):
 class VPCosine(AbstractVariancePreserving):
     """`alpha = cos(pi/2 (tau + s)/(1 + s)) / cos(pi/2 s/(1 + s))` on `[0, 1]` (Nichol and Dhariwal 2021, eq. 17).
 
-    `alpha` vanishes at `tau = 1`, where the SDE is singular: `tau_max` must stay below 1 (the paper clips beta instead).
+    `alpha` is zero at `tau = 1`, where the SDE is singular: `tau_max` must be below 1. Deviation: the paper clips beta instead.
     """
 
     s: float = eqx.field(static=True, default=0.008)
@@ -120,7 +120,7 @@ class VPCosine(AbstractVariancePreserving):
 
 
 class VPTable(AbstractVariancePreserving):
-    """A table of discrete betas as a continuous schedule; the default is Stable Diffusion's scaled-linear table.
+    """A continuous schedule from a table of discrete betas. The default is Stable Diffusion's scaled-linear table.
 
     Timestep `i` of `n` is noising time `(i + 1) / n`; `log alpha` is exact at those nodes and linear in between.
     """
@@ -139,7 +139,8 @@ class VPTable(AbstractVariancePreserving):
 
     def __check_init__(self):
         if not all(0 < b < 1 for b in self.betas):
-            raise ValueError("betas must all lie strictly between 0 and 1.")
+            bad = next(b for b in self.betas if not 0 < b < 1)
+            raise ValueError(f"betas must all lie strictly between 0 and 1, but one is {bad}: pass variances of single steps.")
 
 
 class VarianceExploding(AbstractSchedule):

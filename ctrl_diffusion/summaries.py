@@ -1,4 +1,4 @@
-"""Text of models, states and algorithms that fits on a screen: parameters are counted, not listed."""
+"""Short texts for models, states and algorithms: parameters are counted and not listed."""
 
 import math
 import types
@@ -13,20 +13,20 @@ Arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 def summary(tree: Any, *, most: int = 8, width: int = 100) -> str:
-    """`tree` as it would be written in code, up to what is long.
+    """`tree` as it would be written in code, with long parts shortened.
 
-    Networks and their parameters (`nnx.Module`, `nnx.State`), and dictionaries, lists and tuples of more than `most` arrays, become how
-    many arrays and numbers they hold; other arrays their type and shape; more than `most` numbers in a row the first and the last;
-    compiled functions their names.
+    Networks and their parameters (`nnx.Module`, `nnx.State`), and dictionaries, lists and tuples of more than `most` arrays, are shown as
+    their number of arrays and entries. Other arrays are shown as type and shape, more than `most` numbers as the first and the last,
+    compiled functions as their name.
 
         State(params=State(27 arrays, 36,544 numbers of float32, 0.1 MB), opt_state=..., step=i32[])
 
-    For the `__repr__` of a NamedTuple or an `equinox.Module`: its own is not asked.
+    It is meant for the `__repr__` of a NamedTuple or an `equinox.Module`, and does not call that method itself.
 
     Args:
         tree: anything; arrays may be abstract (`jax.ShapeDtypeStruct`).
-        most: what is longer is shortened.
-        width: of a line, in characters, where there is a place to break it.
+        most: longest dictionary, list or tuple that is shown in full.
+        width: characters per line.
     """
 
     def shortened(x: Any) -> wl.AbstractDoc | None:

@@ -1,7 +1,7 @@
-r"""How far a policy moves at once: by a first-order optimiser, or along the natural gradient within a KL radius.
+r"""Trust regions: how a policy is updated, by a first-order optimiser or by the natural gradient within a KL radius.
 
-The distance between successive policies is the path KL, `KL(P^old || P^new) = sum_j E |scale_j (a_new - a_old)|^2 / 2`: one number
-in nats, the same whatever the step count.
+The distance between successive policies is the path KL, `KL(P^old || P^new) = sum_j E |scale_j (a_new - a_old)|^2 / 2`. It is one number
+in nats, and its meaning does not depend on the number of steps.
 """
 
 import abc
@@ -26,7 +26,7 @@ from .rollout import Transitions
 
 
 class AbstractTrustRegion(eqx.Module):
-    """Changes parameters to lower a loss, on minibatches or once per iteration on all transitions (`once`)."""
+    """Changes parameters to lower a loss: on minibatches, or once per iteration on all transitions (`once`)."""
 
     once: ClassVar[bool] = False
 
@@ -47,16 +47,16 @@ class AbstractTrustRegion(eqx.Module):
         layout: Layout = ONE_DEVICE,
         parts: int = 1,
     ) -> tuple[Params, dict[str, Any]]:
-        """One update on all transitions of an iteration, which are worked through in `parts` on the devices of `layout`."""
+        """One update on all transitions of an iteration, computed in `parts` microbatches on the devices of `layout`."""
         return params, {}
 
     def loss_evaluations(self, transitions: int, epochs: int) -> int:
-        """Transitions on which the loss is evaluated with its gradient in an iteration of `epochs` passes, or at the like cost."""
+        """Evaluations of the loss with its gradient (or work of the same cost) in an iteration of `epochs` passes, in transitions."""
         return transitions * epochs
 
 
 class FirstOrder(AbstractTrustRegion):
-    """An optax optimiser on minibatches; a clip, a mask or a proximal penalty of the estimator bounds the step."""
+    """An optax optimiser on minibatches. A clip, a mask or a proximal penalty of the estimator bounds the step."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
 
@@ -74,20 +74,21 @@ class FirstOrder(AbstractTrustRegion):
 
 
 class NaturalGradient(AbstractTrustRegion):
-    r"""TRPO: the direction `F^{-1} g` by conjugate gradient, the longest step of KL `radius`, its KL halved until it holds.
+    r"""TRPO: a step along `F^{-1} g`, found by conjugate gradient and shortened by a line search.
 
     `F` is the Hessian of the path KL at the old policy, `sum_j E (scale_j da/dtheta)^T (scale_j da/dtheta)`, applied by one jvp and
-    one vjp. A step is taken if the *measured* path KL (on all transitions, not its quadratic model) is at most `radius` and the loss is
-    lower; after `backtracks` halvings without one, the parameters stay. Schulman et al. 2015, appendix C.
+    one vjp. The first attempt is the longest step whose quadratic KL is `radius`; every further attempt halves its KL. A step is
+    accepted if the *measured* path KL (on all transitions, not the quadratic model) is at most `radius` and the loss is lower. If
+    `backtracks` halvings find none, the parameters do not change. Schulman et al. 2015, appendix C.
 
     Args:
-        radius: nats of path KL per iteration.
-        iterations: of conjugate gradient.
+        radius: path KL of an update, nats.
+        iterations: number of conjugate-gradient iterations.
         damping: added to the diagonal of `F`, nats per squared parameter.
-        backtracks: halvings of the KL.
-        fisher_transitions: how many transitions `F` is averaged over, evenly spread over times and samples; `None`: all. With far fewer
-            than there are parameters, the direction grows where these transitions have no say: the line search then gives most of
-            the step back. Of transitions that are worked through in parts (`Training.accumulation`), every part has as many.
+        backtracks: largest number of halvings.
+        fisher_transitions: number of transitions that `F` is averaged over, evenly spread over times and samples; `None`: all. If they
+            are far fewer than the parameters, `F` is blind to many directions: steps along them are too long, and the line search
+            shortens the whole step. With `Training.accumulation` every part has the same number of them.
     """
 
     once: ClassVar[bool] = True
@@ -112,7 +113,7 @@ class NaturalGradient(AbstractTrustRegion):
         return params, state, {}
 
     def loss_evaluations(self, transitions: int, epochs: int) -> int:
-        """The gradient, a jvp and a vjp per conjugate-gradient iteration, and the line search's first attempt (three forwards).
+        """The gradient, a jvp and a vjp per conjugate-gradient iteration, and the first attempt of the line search (three forwards).
 
         Further attempts, at most `backtracks`, are not counted.
         """
@@ -173,7 +174,7 @@ class NaturalGradient(AbstractTrustRegion):
 
 
 def moved_kl(objective: Objective, params: Params, old: Params, transitions: Transitions) -> Float[Array, ""]:
-    """Path KL from the policy `old` to `params`, nats: weighted mean of a step's KL over transitions `[m]`, times the number of steps."""
+    """Path KL from the policy `old` to `params`, nats: the weighted mean KL of transitions `[m]`, times the number of steps."""
     a, a_old = (objective.control(p, transitions.j, transitions.x, transitions.cond) for p in (params, old))
     z = shift(objective.scales[transitions.j], a, a_old)
     return objective.intervals * jnp.mean(transitions.weight * 0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))))

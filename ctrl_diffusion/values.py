@@ -1,10 +1,10 @@
 r"""Value networks: `V(t, x) = c_skip(t) r(x_hat(t, x)) + c_out(t) F_phi(t, .)`, with `V(t1, x) = r(x)` by construction.
 
-`s = (t1 - t)/(t1 - t0)` in `[0, 1]` is the remaining fraction of control time; `c_skip = 1, c_out = 0` at `s = 0`. `x_hat` is the
-posterior mean of the final state (`DiffusionProcess.terminal_mean`), which is `x` itself at `t1`. The value takes `x_hat` and
-`r(x_hat)` as data, so that a reward on the host serves as well as a differentiable one.
+`s = (t1 - t)/(t1 - t0)` in `[0, 1]` is the remaining fraction of control time; at `s = 0`, `c_skip = 1` and `c_out = 0`. `x_hat` is the
+x0 prediction, such as the posterior mean (`DiffusionProcess.terminal_mean`), and equals `x` at `t1`. The value is given `x_hat` and
+`r(x_hat)` as data, so the reward may be differentiable or run on the host.
 
-"Score as Action" (arXiv 2502.01819) deploys `cos(pi s/2), sin(pi s/2)` with denoised inputs to both branches.
+"Score as Action" (arXiv 2502.01819) uses `cos(pi s/2), sin(pi s/2)` with denoised inputs to both branches.
 """
 
 import abc
@@ -62,21 +62,21 @@ class AbstractValue(eqx.Module):
     t0: AbstractVar[float]
     t1: AbstractVar[float]
     uses_reward: AbstractVar[bool]
-    """Whether `r_hat = r(x_hat)` is needed before `t1` (it costs one reward evaluation per state)."""
+    """Whether the value needs `r_hat = r(x_hat)` before `t1`; this costs one reward evaluation per state."""
 
     @property
     def uses_x_hat(self) -> bool:
-        """Whether `x_hat` itself is needed, and not its reward alone; `x` stands in its place where it is not."""
+        """Whether the value needs `x_hat` itself, and not only its reward. If not, it is given `x` in its place."""
         return self.uses_reward
 
     @property
     def has_parameters(self) -> bool:
-        """Whether it has parameters, which an optimiser may learn."""
+        """Whether the value has parameters to learn."""
         return True
 
     @abc.abstractmethod
     def __call__(self, params, t: Time, x, x_hat, r_hat: Float[Array, " b"], cond=None) -> Float[Array, " b"]:
-        """The value of states `x` at `t`."""
+        """The values of states `x [b, *x]` at `t`, reward units."""
 
     def remaining(self, t: Time) -> Time:
         """Remaining fraction of control time, `s = (t1 - t) / (t1 - t0)`."""
@@ -88,9 +88,12 @@ class StructuredValue(AbstractValue):
 
     Args:
         network: `F(params, t, x, cond) -> [b]`.
-        t0, t1: the process's control times.
-        c_skip, c_out: coefficient functions of the remaining fraction `s`, checked: `c_skip(0) = 1` and `c_out(0) = 0`.
+        t0, t1: start and end of the process in control time.
+        c_skip, c_out: functions of the remaining fraction `s`, with `c_skip(0) = 1` and `c_out(0) = 0`.
         denoised: whether `F` sees `x_hat` (as published) or the noisy `x`.
+
+    Raises:
+        ValueError: for other coefficients at `s = 0`.
     """
 
     network: ValueNetwork = eqx.field(static=True)
@@ -120,7 +123,7 @@ class StructuredValue(AbstractValue):
 
 
 class PlainValue(AbstractValue):
-    """`F(params, t, x, cond)` before `t1` and the reward at `t1`: the unstructured control arm."""
+    """`F(params, t, x, cond)` before `t1`, and the reward at `t1`: a value without structure, for comparison."""
 
     network: ValueNetwork = eqx.field(static=True)
     t0: float = eqx.field(static=True)
@@ -132,7 +135,7 @@ class PlainValue(AbstractValue):
 
 
 class NoValue(AbstractValue):
-    """Zero before `t1` and the reward at `t1`: no critic, so that advantages of infinite horizon are Monte Carlo returns."""
+    """Zero before `t1`, and the reward at `t1`. With it, advantages of infinite horizon are Monte Carlo returns."""
 
     t0: float = eqx.field(static=True)
     t1: float = eqx.field(static=True)
@@ -166,7 +169,7 @@ class X0RewardValue(AbstractValue):
 
 
 class GivenValue(AbstractValue):
-    """A known function `fn(t, x) -> [b]`, for example the exact value of a problem of `ctrl_diffusion.exact`."""
+    """A known function `fn(t, x) -> [b]`, for example the exact value of a problem of `ctrl_diffusion.exact`. Nothing is learned."""
 
     fn: Callable[[Any, Any], Float[Array, " b"]] = eqx.field(static=True)
     t0: float = eqx.field(static=True)

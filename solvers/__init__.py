@@ -1,6 +1,6 @@
-"""How to integrate `dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW`: diffrax terms, solvers, paths and grids.
+"""Solvers for `dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW`: diffrax terms, solvers, Brownian paths and time grids.
 
-Knows no diffusion model, no reward and no reinforcement learning. Import it as `ctrl_diffusion.solvers`.
+This package has nothing specific to diffusion models, rewards or reinforcement learning. Import it as `ctrl_diffusion.solvers`.
 """
 
 from .adaptive import Adaptive as Adaptive, brownian_tree as brownian_tree, integrate_adaptive as integrate_adaptive
@@ -17,7 +17,7 @@ from .grid import (
     GridSteps as GridSteps,
     check_grid as check_grid,
     clock_uniform as clock_uniform,
-    cosine as cosine,
+    cosine_spaced as cosine_spaced,
     from_timesteps as from_timesteps,
     karras as karras,
     leading as leading,

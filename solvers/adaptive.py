@@ -13,7 +13,7 @@ from .term import AbstractSemilinearTerm, Scalar, State
 
 
 class Adaptive(NamedTuple):
-    """The final state and what it took; `succeeded` is false if `max_steps` did not reach the end."""
+    """The final state and the cost of the solve. `succeeded` is false if `max_steps` steps did not reach the end."""
 
     x: State
     steps: Int[Array, ""]
@@ -24,9 +24,9 @@ class Adaptive(NamedTuple):
 def brownian_tree(
     solver: dfx.AbstractSolver, t0, t1, key: Key[Array, ""], like: Float[Array, "b *x"], tolerance: float = 1e-4
 ) -> dfx.VirtualBrownianTree:
-    """A Brownian path that can be asked for any interval of `[t0, t1]`, with the Levy area `solver` wants, shaped like a state.
+    """A Brownian path with increments over any interval of `[t0, t1]`, with the Levy area that `solver` needs, in the shape of a state.
 
-    `tolerance` is in units of time, and should be well below the smallest step. One key serves the whole batch.
+    `tolerance` is in units of time and should be well below the smallest step. One key is used for the whole batch.
     """
     t0, t1 = jnp.asarray(t0, like.dtype), jnp.asarray(t1, like.dtype)
     shape = jax.ShapeDtypeStruct(like.shape, like.dtype)
@@ -47,22 +47,22 @@ def integrate_adaptive(
     max_steps: int = 4096,
     adjoint: dfx.AbstractAdjoint | None = None,
 ) -> Adaptive:
-    """Integrate `term` from `t0` to `t1` with steps chosen by a PID controller, one step size for the whole batch.
+    """Integrate `term` from `t0` to `t1`. A PID controller chooses the steps, one step size for the whole batch.
 
     Args:
-        term: the SDE, with `path=None` (ODE) or a path that answers for any interval: see `brownian_tree`.
+        term: the SDE, with `path=None` (ODE) or a path with increments over any interval (`brownian_tree`).
         solver: any fitting solver that estimates its error: most of diffrax's, and `DPMSolver2S`, `ExponentialSRA`,
             `ExponentialHeun`, `DPMSolver3S` of this library; wrap others in `diffrax.HalfSolver`.
         rtol, atol: tolerances of one step, in the root mean square over the batch and the state.
-        dt0: first step; None lets diffrax choose one (ODE), or takes a hundredth of the span (SDE).
-        max_steps: at most so many steps, rejected ones included.
+        dt0: first step; None: diffrax chooses it (ODE), or a hundredth of the span (SDE).
+        max_steps: largest number of steps, including rejected ones.
         adjoint: as in `integrate`; None is forward only.
     """
     stochastic = term.path is not None
     if isinstance(term.path, KeyedPath | RecordedPath):
         raise TypeError(
-            f"path={type(term.path).__name__} answers only for the intervals of its grid, but adaptive steps ask for any: use "
-            "brownian_tree(solver, t0, t1, key, x0)."
+            f"path={type(term.path).__name__} has increments over the intervals of its grid only, but adaptive steps need any interval: "
+            "use brownian_tree(solver, t0, t1, key, x0)."
         )
     terms = terms_for(solver, term)
     order = solver.strong_order(terms) if stochastic else solver.order(terms)

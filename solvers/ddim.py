@@ -1,4 +1,4 @@
-"""DDIM(eta) as published, which between eta = 0 and eta = 1 is not the exact propagator of the x0-frozen SDE."""
+"""DDIM(eta) as published. Between eta = 0 and eta = 1 it differs from the exact propagator of the SDE with x0 frozen."""
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from .term import Transition
 class DDIM(AbstractSemilinearSolver):
     r"""`x1 = alpha1 u + sqrt(sigma1^2 - s^2) (x0 - alpha0 u) / sigma0 + s xi`, `s^2 = eta^2 sigma1^2 (1 - e^{-2h})`.
 
-    `h` is the log-SNR step. Deterministic order 1, weak order 1, strong order 1. Song et al. 2021, eq. 12 and 16. It has the
-    noise level of the SDE to first order only: `ExponentialEuler` injects `sigma1^2 (1 - e^{-2 eta^2 h})`. The two agree at
-    eta = 0 (DDIM) and eta = 1 (ancestral sampling).
+    `h` is the log-SNR step. Deterministic order 1, weak order 1, strong order 1. Song et al. 2021, eq. 12 and 16. Its noise level
+    agrees with that of the SDE to first order only; `ExponentialEuler` adds `sigma1^2 (1 - e^{-2 eta^2 h})`. The two solvers are the same
+    at eta = 0 (DDIM) and eta = 1 (ancestral sampling).
 
-    For terms whose rate is `1 + eta^2` (a diffusion process with x0 frozen); eta is read off that rate. On any other term the
+    The term must have the rate `1 + eta^2` (a diffusion process with x0 frozen), which eta is computed from. For any other term the
     result is nan. With `d(k) = 1 - e^{-kh}` and `rho^2 = 1 - eta^2 d(2)`, everything follows from the exact transition:
 
         phi' = phi rho e^{eta^2 h},   psi' = psi (1 - rho e^{-h}) / d(1 + eta^2),   s^2 = std^2 eta^2 d(2) / d(2 eta^2)
@@ -50,7 +50,7 @@ class DDIM(AbstractSemilinearSolver):
 
 
 def ddim_transition(exact: Transition, eta_squared, h) -> Transition:
-    """DDIM's step from the exact one; `h` may be infinite (a step to zero noise)."""
+    """DDIM's step, from the exact one. `h` may be infinite, for a step to zero noise."""
     finite = jnp.isfinite(h)
     h = jnp.where(finite, h, 1.0)
     eta_squared = jnp.where(eta_squared < 0, jnp.nan, eta_squared)

@@ -1,4 +1,4 @@
-"""Heun's method in exponential form, and EDM's stochastic sampler: the same with noise added before each step (churn)."""
+"""Heun's method in exponential form, and EDM's stochastic sampler, which adds noise before each step (churn)."""
 
 import math
 
@@ -10,7 +10,7 @@ from .exponential import AbstractSemilinearSolver, standard_increment
 
 
 def _heun(terms, interval, t0, t1, y0, args, noise):
-    """One exponential Heun step over `interval`; the exponential Euler step alone where the clock ends at infinity."""
+    """One exponential Heun step over `interval`; an exponential Euler step if the clock is infinite at the end."""
     phi, psi, std = interval.transition
     finite = jnp.isfinite(interval.clock[1])
     u0 = terms.vf(t0, y0, args).control
@@ -23,9 +23,9 @@ def _heun(terms, interval, t0, t1, y0, args, noise):
 class ExponentialHeun(AbstractSemilinearSolver):
     r"""`x' = phi x0 + psi u(t0, x0) + std xi`, `x1 = phi x0 + psi (u(t0, x0) + u(t1, x')) / 2 + std xi`.
 
-    Deterministic order 2, weak order 2, strong order 1. Two evaluations, and an error estimate for adaptive steps. With
-    epsilon frozen at eta = 0 it is Heun's method in `x / alpha` as a function of `sigma / alpha` (Karras et al. 2022,
-    Algorithm 1). The last step is Euler's where it ends at zero noise.
+    Deterministic order 2, weak order 2, strong order 1. It takes two evaluations per step and has an error estimate for adaptive
+    steps. With epsilon frozen at eta = 0 it is Heun's method in `x / alpha` as a function of `sigma / alpha` (Karras et al. 2022,
+    Algorithm 1). A last step to zero noise is an Euler step.
 
     ??? cite "Reference"
         ```bibtex
@@ -54,17 +54,16 @@ class EDMHeun(AbstractSemilinearSolver):
         n = sigma / alpha = e^{-clock},  gamma = min(s_churn / steps, sqrt(2) - 1) for s_min <= n0 <= s_max, else 0
         x_hat = (alpha_hat / alpha0) x0 + s_noise alpha_hat sqrt(n_hat^2 - n0^2) xi,    x1 = Heun(x_hat; t_hat -> t1)
 
-    Karras et al. 2022, Algorithm 2, for a term *without* noise of its own (eta = 0), frozen in epsilon (as published) or in
-    x0. The noise is the solver's: give it a keyed path on the solver's grid, or integrate a term that has one (its `G` is
-    zero). Deterministic order 2 at `s_churn = 0`, where it is `ExponentialHeun`. With churn the marginals are those of the ODE to
-    order 2 if the control is exact (`weak_order`), since noising and the exact flow both preserve them; there is no SDE
-    in this library's sense that it approximates, hence no strong order. The noise level is not raised above its value at
-    the start of the process, where schedules end; EDM raises it there too.
+    Karras et al. 2022, Algorithm 2. The term must have no noise of its own (eta = 0), and epsilon (as published) or x0 frozen. The
+    solver adds the noise: give it a keyed path on its grid, or integrate a term that has a path (its `G` is zero). At `s_churn = 0`
+    it is `ExponentialHeun`, of deterministic order 2. With churn and an exact control the marginals are those of the ODE to order 2
+    (`weak_order`), because noising and the exact flow preserve them. It approximates no SDE `dx = (A x + B u) dt + G dW`, so it has
+    no strong order. Deviation: the noise level is not raised above its value at the start of the process, where schedules end.
 
     Args:
         s_churn, s_min, s_max, s_noise: as in the paper.
-        steps: number of steps of the grid, over which `s_churn` is spread.
-        path: where the noise comes from; None: from the term.
+        steps: number of steps of the grid, which `s_churn` is divided by.
+        path: the path of the noise; None: the path of the term.
 
     ??? cite "Reference"
         ```bibtex
@@ -82,11 +81,11 @@ class EDMHeun(AbstractSemilinearSolver):
 
     def __check_init__(self):
         if self.s_churn < 0 or self.steps < 1:
-            raise ValueError(f"s_churn={self.s_churn} must be at least 0 and steps={self.steps} at least 1.")
+            raise ValueError(f"s_churn={self.s_churn} must be at least 0 (0: no churn) and steps={self.steps} at least 1.")
 
     @property
     def gamma(self) -> float:
-        """Relative rise of the noise level at each churned step."""
+        """Relative rise of the noise level at each step with churn."""
         return min(self.s_churn / self.steps, math.sqrt(2) - 1)
 
     @property

@@ -23,16 +23,16 @@ class ERSDE(AbstractMultistep):
 
         W_1 = n1 - n0 + int_{n1}^{n0} w dn,      W_2 = (n1 - n0)^2 / 2 + int_{n1}^{n0} (n - n0) w dn
 
-    (Cui et al. 2023, eq. 20-24 and Algorithms 1-3 for steps = 1, 2, 3). For terms with x0 frozen, whose rate is `1 + eta^2`.
+    (Cui et al. 2023, eq. 20-24 and Algorithms 1-3 for steps = 1, 2, 3). The term must have x0 frozen, with rate `1 + eta^2`.
 
-    With `noise_scale=None` the solver takes the noise of the term, `phi(n) = n^{1 + eta^2}`: it differs from
-    `ExponentialAdamsBashforth` by the variable of the polynomial, has deterministic order `steps`, weak
-    order 2 (1 for one step) and strong order 1, and stays smooth at zero noise. Any other increasing `phi` with
-    `phi(n)/n` non-decreasing replaces the term's noise by its own: the marginals are those of the term where the control is
-    exact, the paths are those of another SDE, so no strong order is meant and likelihoods of the term's paths do not apply.
+    With `noise_scale=None` the solver uses the noise of the term, `phi(n) = n^{1 + eta^2}`. It then differs from
+    `ExponentialAdamsBashforth` by the variable of the polynomial, has deterministic order `steps`, weak order 2 (1 for one step) and
+    strong order 1, and stays smooth at zero noise. Any other `phi` replaces the term's noise; `phi` must increase, and `phi(n)/n` must
+    not decrease. If the control is exact, the marginals are still those of the term. The paths are those of another SDE: the solver
+    has no strong order, and likelihoods of the term's paths do not hold.
 
-    **Deviation.** The derivatives are those of the interpolating polynomial at its newest node; the released code takes the last
-    backward difference for D', which makes its third-order solver second-order in the classical sense.
+    **Deviation.** The derivatives are those of the interpolating polynomial at its newest node. The released code uses the last
+    backward difference for D', so its third-order solver has classical order 2.
 
     Args:
         steps: 1 to 3.
@@ -78,7 +78,7 @@ class ERSDE(AbstractMultistep):
             phi, _, std = interval.transition
         else:
             if jnp.ndim(interval.dw) == 0:
-                raise ValueError("ERSDE(noise_scale=...) adds noise of its own, but the term has no path: use eta > 0.")
+                raise ValueError("ERSDE(noise_scale=...) adds noise, but the term has no path (path=None): use eta > 0.")
             ratio = self.noise_scale(n1) / self.noise_scale(n0)
             phi = jnp.where(finite, interval.transition.phi * jnp.exp(rate * h) * ratio, 0)
             std = alpha * jnp.sqrt(jnp.maximum(n1**2 - (n0 * ratio) ** 2, 0))

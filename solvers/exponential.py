@@ -1,4 +1,4 @@
-r"""Exponential Euler: the exact solution of the semilinear SDE with the control frozen over each step."""
+r"""Exponential Euler: the exact solution of the semilinear SDE if the control is frozen over each step."""
 
 import abc
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from .term import AbstractSemilinearTerm, Interval, Transition
 
 
 class AbstractSemilinearSolver(dfx.AbstractItoSolver):
-    """A solver of semilinear terms. Noise is additive, so Ito and Stratonovich agree.
+    """A solver for semilinear terms. Their noise is additive, so the Ito and Stratonovich forms agree.
 
-    Declares three orders: `order(terms)` for ODEs (no noise), `strong_order(terms)` and `weak_order` for SDEs.
+    It declares three orders: `order(terms)` for ODEs (no noise), `strong_order(terms)` and `weak_order` for SDEs.
     """
 
     term_structure: ClassVar = AbstractSemilinearTerm
@@ -22,7 +22,7 @@ class AbstractSemilinearSolver(dfx.AbstractItoSolver):
     @property
     @abc.abstractmethod
     def weak_order(self) -> int | None:
-        """Order of expectations of smooth functions of the state, for SDEs; None where the solver integrates none."""
+        """Order for expectations of smooth functions of the state, for SDEs; None if the solver is for ODEs only."""
 
     def strong_order(self, terms) -> int | float | None:
         return 1
@@ -35,16 +35,16 @@ class AbstractSemilinearSolver(dfx.AbstractItoSolver):
 
 
 def standard_increment(interval: Interval):
-    """The standard normals of an interval (a scalar zero for a term without noise)."""
+    """The standard normals of an interval; a scalar zero for a term without noise."""
     return interval.dw / jnp.sqrt(interval.dt)
 
 
 class ExponentialEuler(AbstractSemilinearSolver):
     r"""`x1 = phi x0 + psi u(t0, x0) + std xi`, with `phi, psi, std` the exact propagator of the term.
 
-    Deterministic order 1, weak order 1; exact where `u` is constant along paths. Which scheme of the literature this is
-    depends on the variable that the term freezes: with x0 frozen it is DDIM at eta = 0 and ancestral DDPM sampling at
-    eta = 1 (Song et al. 2021, eq. 12; Ho et al. 2020, eq. 11); epsilon- and score-frozen forms differ at eta > 0.
+    Deterministic order 1, weak order 1; exact if `u` is constant along paths. The frozen variable of the term determines the scheme
+    of the literature. With x0 frozen it is DDIM at eta = 0 and ancestral DDPM sampling at eta = 1 (Song et al. 2021, eq. 12; Ho et al.
+    2020, eq. 11). At eta > 0 the schemes with epsilon or the score frozen are different ones.
 
     ??? cite "Reference"
         ```bibtex
@@ -76,10 +76,10 @@ class ExponentialEuler(AbstractSemilinearSolver):
 
 
 def gaussian_transition(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm, t0, t1) -> Transition:
-    """The affine Gaussian step that `solver` makes over `[t0, t1]`, if it makes one.
+    """The affine Gaussian step of `solver` over `[t0, t1]`.
 
-    Known for `diffrax.Euler` (Euler-Maruyama) and for every solver with a method `transition(term, t0, t1)`.
-    Raises `TypeError` for the rest: a multi-stage step is not Gaussian given its start.
+    It is known for `diffrax.Euler` (Euler-Maruyama) and for every solver with a method `transition(term, t0, t1)`. Others raise
+    `TypeError`: a step with several stages is not Gaussian given its start.
     """
     if isinstance(solver, dfx.Euler):
         a, b, g = term.coefficients(t0)

@@ -1,4 +1,4 @@
-"""Which solver fits which term: a semilinear term rewritten for any diffrax solver, or an error that says what would fit."""
+"""Rewrites a semilinear term for any diffrax solver, or raises an error that names solvers which fit."""
 
 from typing import Any, get_args, get_origin
 
@@ -12,11 +12,11 @@ _SDE = "ExponentialEuler, DPMSolverPP2M or ExponentialSRA from this library, or 
 
 
 def terms_for(solver: dfx.AbstractSolver, term: AbstractSemilinearTerm | dfx.AbstractTerm) -> dfx.AbstractTerm:
-    """Rewrite a semilinear term in the structure `solver` declares, or say what would fit.
+    """Rewrite a semilinear term in the structure that `solver` declares. `TypeError` if they do not fit.
 
-    Solvers that declare `AbstractSemilinearTerm` get the term itself. All others get `ODETerm(drift)` where the term has
-    no noise (`path is None`), and `MultiTerm(ODETerm(drift), Diffusion)` where it has. Implicit-explicit solvers get
-    `MultiTerm(ODETerm(B u), ODETerm(A x))`: the linear part is the implicit one.
+    Solvers that declare `AbstractSemilinearTerm` get the term itself. All others get `ODETerm(drift)` if the term has no noise
+    (`path is None`), and `MultiTerm(ODETerm(drift), Diffusion)` if it has. Implicit-explicit solvers get
+    `MultiTerm(ODETerm(B u), ODETerm(A x))`; the linear part is implicit.
     """
     name, structure = type(solver).__name__, solver.term_structure
     if not isinstance(term, AbstractSemilinearTerm):
@@ -60,8 +60,8 @@ def _check_stochastic(solver, term, name: str) -> None:
     if not isinstance(solver, dfx.AbstractItoSolver | dfx.AbstractStratonovichSolver):
         raise TypeError(
             f"solver={name} integrates ODEs, but the term has noise (its path is a {type(term.path).__name__}). Use {_SDE}; or "
-            "an ODE term with path=None (for a diffusion process: eta = 0). A solver of your own that handles noise says so by "
-            "subclassing diffrax.AbstractItoSolver."
+            "an ODE term with path=None (for a diffusion process: eta = 0). If your own solver handles noise, make it a subclass of "
+            "diffrax.AbstractItoSolver."
         )
     wanted, given = minimal_levy_area(solver), getattr(term.path, "levy_area", None)
     if isinstance(given, type) and not issubclass(given, wanted):
@@ -76,7 +76,7 @@ def _wants_two(structure) -> bool:
 
 
 def _is_general(structure) -> bool:
-    """Whether a structure can be met by `ODETerm`s and a `Diffusion`: `AbstractTerm`, or a `MultiTerm` of two of those."""
+    """Whether `ODETerm`s and a `Diffusion` fit the structure: it is `AbstractTerm`, or a `MultiTerm` of two of those."""
     if _wants_two(structure):
         parts = get_args(get_args(structure)[0])
         return len(parts) == 2 and all(_is_general(part) for part in parts)

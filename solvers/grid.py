@@ -1,4 +1,4 @@
-"""Time grids: ascending numpy arrays, checked eagerly once, stepped through without host callbacks."""
+"""Time grids: ascending numpy arrays. They are checked once, before tracing, and solvers use them without host callbacks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,13 @@ Clock = Callable[[Any], Any]  # an increasing function of control time, elementw
 
 
 def check_grid(ts) -> np.ndarray:
-    """Return `ts` as a float64 numpy array, or say what is wrong with it (needs 2+ finite, strictly increasing times)."""
+    """Return `ts` as a float64 numpy array. `ValueError` unless it has at least two times, finite and strictly increasing."""
     ts = np.asarray(ts, np.float64)
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"grid has shape {ts.shape}: it must be one-dimensional with at least two times.")
     if not np.all(np.isfinite(ts)):
-        raise ValueError(f"grid has a non-finite time at index {int(np.argmin(np.isfinite(ts)))}.")
+        i = int(np.argmin(np.isfinite(ts)))
+        raise ValueError(f"grid has a non-finite time at index {i}, {ts[i]}: give finite times.")
     if np.any(np.diff(ts) <= 0):
         i = int(np.argmax(np.diff(ts) <= 0))
         raise ValueError(
@@ -28,7 +29,7 @@ def check_grid(ts) -> np.ndarray:
 def uniform(t0: float, t1: float, steps: int) -> np.ndarray:
     """`steps` equal steps from `t0` to `t1`."""
     if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1.")
+        raise ValueError(f"steps={steps} must be at least 1: it is the number of steps of the grid.")
     return check_grid(np.linspace(t0, t1, steps + 1))
 
 
@@ -36,35 +37,35 @@ def refine(ts, substeps: int) -> np.ndarray:
     """Split every interval of `ts` into `substeps` equal ones."""
     ts = check_grid(ts)
     if substeps < 1:
-        raise ValueError(f"substeps={substeps} must be at least 1.")
+        raise ValueError(f"substeps={substeps} must be at least 1: it is the number of parts of every interval.")
     inner = ts[:-1, None] + np.diff(ts)[:, None] * np.arange(substeps) / substeps
     return np.append(inner.ravel(), ts[-1])
 
 
-def cosine(t0: float, t1: float, steps: int) -> np.ndarray:
-    """`t0 + (t1 - t0) sin(pi i / (2 steps))`: steps shrink to zero towards the data end like a cosine."""
+def cosine_spaced(t0: float, t1: float, steps: int) -> np.ndarray:
+    """`t0 + (t1 - t0) sin(pi i / (2 steps))`: steps shrink to zero towards `t1` like a cosine."""
     return check_grid(t0 + (t1 - t0) * np.sin(0.5 * np.pi * uniform(0.0, 1.0, steps)))
 
 
 def power(t0: float, t1: float, steps: int, exponent: float) -> np.ndarray:
-    """`t1 - (t1 - t0) (1 - i / steps)^exponent`: above 1, steps shrink towards the data end; 1 is uniform."""
+    """`t1 - (t1 - t0) (1 - i / steps)^exponent`. Steps shrink towards `t1` if `exponent` is above 1, and are equal if it is 1."""
     if not exponent > 0:
-        raise ValueError(f"exponent={exponent} must be positive.")
+        raise ValueError(f"exponent={exponent} must be positive: use 1 for equal steps.")
     times = t1 - (t1 - t0) * (1 - uniform(0.0, 1.0, steps)) ** exponent
     times[0] = t0  # not up to rounding
     return check_grid(times)
 
 
 def clock_uniform(clock: Clock, t0: float, t1: float, steps: int) -> np.ndarray:
-    """`steps` equal steps of an increasing `clock(t)`: with the log-SNR, the grid of exponential integrators."""
+    """`steps` equal steps of an increasing `clock(t)`. With the log-SNR as clock it suits exponential integrators."""
     start, end = _ends(clock, t0, t1, "clock_uniform")
     return _at_clock(clock, t0, t1, np.linspace(start, end, steps + 1))
 
 
 def karras(clock: Clock, t0: float, t1: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Equal steps of `n^(1/rho)`, `n = e^{-clock}` the noise-to-signal ratio, `clock` the log-SNR (Karras et al. 2022, eq. 5)."""
+    """Equal steps of `n^(1/rho)`; `clock` is the log-SNR, `n = e^{-clock}` the noise-to-signal ratio (Karras et al. 2022, eq. 5)."""
     if not rho > 0:
-        raise ValueError(f"rho={rho} must be positive.")
+        raise ValueError(f"rho={rho} must be positive: use 7, as published, or 1 for equal steps of the noise-to-signal ratio.")
     start, end = _ends(clock, t0, t1, "karras")
     return _at_clock(clock, t0, t1, -rho * np.log(np.linspace(np.exp(-start / rho), np.exp(-end / rho), steps + 1)))
 
@@ -80,7 +81,7 @@ def _ends(clock: Clock, t0: float, t1: float, name: str) -> tuple[float, float]:
 
 
 def _at_clock(clock: Clock, t0: float, t1: float, values: np.ndarray) -> np.ndarray:
-    """Times of clock values by bisection, the ends exactly `t0` and `t1`."""
+    """Times of clock values, by bisection. The ends are exactly `t0` and `t1`."""
     uniform(t0, t1, len(values) - 1)  # checks
     lo, hi = np.full(len(values), float(t0)), np.full(len(values), float(t1))
     for _ in range(64):
@@ -93,9 +94,9 @@ def _at_clock(clock: Clock, t0: float, t1: float, values: np.ndarray) -> np.ndar
 
 
 def leading(steps: int, train_steps: int = 1000, offset: int = 0, drop_last: bool = False) -> np.ndarray:
-    """Descending timesteps `offset + i (train_steps // steps)`: "leading" spacing, which misses the noisiest ones.
+    """Descending timesteps `offset + i (train_steps // steps)`: "leading" spacing, which leaves out the noisiest timesteps.
 
-    `drop_last`: take one more and leave out the smallest, as DPM-Solver and UniPC schedulers do.
+    With `drop_last` it takes one timestep more and leaves out the smallest, as DPM-Solver and UniPC schedulers do.
     """
     count = _count(steps, train_steps) + drop_last
     table = (np.arange(count) * (train_steps // count))[::-1] + offset
@@ -118,10 +119,10 @@ def from_timesteps(timesteps, train_steps: int = 1000, horizon: float = 1.0, end
     """Control times of discrete timesteps, plus the end: timestep `i` is noising time `horizon (i + 1) / train_steps`.
 
     Args:
-        timesteps: descending, noisiest first (see `leading`, `trailing`, `linspaced`).
+        timesteps: descending, the noisiest first (see `leading`, `trailing`, `linspaced`).
         train_steps: length of the table of betas.
-        horizon: of the schedule.
-        end: noising time at which sampling ends; 0 is zero noise, `horizon / train_steps` the first entry of the table.
+        horizon: horizon of the schedule, noising time.
+        end: noising time at which sampling ends. 0 is zero noise; `horizon / train_steps` is the first entry of the table.
     """
     table = _timesteps(np.asarray(timesteps), train_steps)
     return check_grid(horizon - np.append(horizon * (table + 1) / train_steps, end))
@@ -140,7 +141,7 @@ def _timesteps(table: np.ndarray, train_steps: int) -> np.ndarray:
 
 
 class GridSteps(dfx.StepTo):
-    """`diffrax.StepTo` without its run-time checks, which are host callbacks; `check_grid` has made them already."""
+    """`diffrax.StepTo` without its run-time checks, which are host callbacks. `check_grid` has checked the grid already."""
 
     def wrap(self, direction):
         return type(self)(ts=self.ts * direction)

@@ -1,4 +1,4 @@
-"""One batched diffrax solve of a semilinear term on a grid, configured to cost what a hand-written scan costs."""
+"""One batched diffrax solve of a semilinear term on a grid, at the cost of a hand-written scan."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ def integrate(
     """Integrate `term` from `ts[0]` to `ts[-1]` with one solver step per grid interval.
 
     Args:
-        term: the SDE; its path must live on the same grid (`KeyedPath(ts, ...)`, `RecordedPath(ts, ...)`, or a tree).
+        term: the SDE; its path must have the same grid (`KeyedPath(ts, ...)`, `RecordedPath(ts, ...)`) or be a Brownian tree.
         solver: any diffrax solver whose `term_structure` fits (see `terms_for`).
-        ts: `[n]` ascending times, concrete (a numpy array or a list): it is checked when traced.
+        ts: `[n]` ascending times, a numpy array or a list. They are checked during tracing.
         x0: initial state `[b, *x]`; times are cast to its dtype.
         args: passed to the control as `control(t, x, args)`.
-        every_step: return the states at all grid times `[n, b, *x]` instead of the last one `[b, *x]`.
+        every_step: return the states at all grid times `[n, b, *x]`, and not only the last ones `[b, *x]`.
         adjoint: `None` is forward only (`diffrax.ForwardMode`). For reverse mode pass
-            `diffrax.RecursiveCheckpointAdjoint(checkpoints=n - 1)` (fast) or with fewer checkpoints (small memory).
+            `diffrax.RecursiveCheckpointAdjoint(checkpoints=n - 1)`, which is fast, or fewer checkpoints for less memory.
     """
     return solve(term, solver, jnp.asarray(check_grid(ts), x0.dtype), x0, args, every_step=every_step, adjoint=adjoint)
 
@@ -47,9 +47,9 @@ def solve(
     every_step: bool = False,
     adjoint: dfx.AbstractAdjoint | None = None,
 ) -> Float[Array, "..."]:
-    """`integrate` on a grid that may be traced, and is therefore not checked.
+    """`integrate` on a grid that may be traced. The grid is not checked.
 
-    The result is nan where the solver reports failure (an implicit solver whose equations did not converge).
+    The result is nan if the solver fails, for example if the equations of an implicit solver do not converge.
     """
     solution = dfx.diffeqsolve(
         terms_for(solver, term),

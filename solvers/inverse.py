@@ -1,4 +1,4 @@
-"""The inverse of a monotone scalar function, differentiable, with a fixed number of iterations."""
+"""The inverse of a monotone scalar function. It is differentiable and takes a fixed number of iterations."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ Times = Float[Array, "..."]
 
 
 def decreasing_inverse(fn: Callable[[Times], Times], target: Times, lo: Times, hi: Times, iterations: int = 24) -> Times:
-    """`x` in `[lo, hi]` with `fn(x) = target` for a decreasing `fn`; the nearest end where there is none.
+    """`x` in `[lo, hi]` with `fn(x) = target`, for a decreasing `fn`. If there is none, the nearest end.
 
-    Newton's method inside a shrinking bracket: bisection where a Newton step would leave it. The derivative with respect to
-    `target` and to what `fn` closes over is that of the implicit function.
+    It uses Newton's method inside a shrinking bracket, and bisection if a Newton step would leave the bracket. The derivative with
+    respect to `target` and to arrays inside `fn` is that of the implicit function.
     """
 
     def slope_at(x):

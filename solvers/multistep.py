@@ -1,9 +1,9 @@
-r"""Multistep exponential integrators: the control of a step is a polynomial in the clock through its last values.
+r"""Multistep exponential integrators: over a step the control is a polynomial in the clock through its last values.
 
     x1 = phi x0 + int Phi(s, t1) B(s) p(clock(s)) ds + std xi,        p(clock_i) = u_i,  i = n, n - 1, ..., n - steps + 1
 
-One evaluation a step. Past controls live in the solver state: fixed shapes, zeros at the start and a counter. A step that
-ends where the clock is infinite (zero noise), or that follows a jump, uses the newest control alone.
+Every step takes one evaluation. Past controls are in the solver state, with fixed shapes, zeros at the start and a counter. A step that
+ends at zero noise (an infinite clock) or follows a jump uses only the newest control.
 """
 
 import abc
@@ -42,12 +42,12 @@ def no_history(length: int, t0, y0) -> History:
 
 
 def bootstrap(length: int, terms, t0, t1, y0, args) -> History:
-    """A history from before `t0`: the control along the drift over the first step, extrapolated backwards; four evaluations.
+    """A history before `t0`, extrapolated from the control over the first step; it takes four evaluations.
 
     A trial step (Euler, then the trapezoidal rule) gives the control at the start, middle and end of `[t0, t1]` to third
-    order; the quadratic through them is read off half steps before `t0`. Without it a method of order 3 or more makes its
-    first steps with order 1 and 2. That goes unnoticed where the control is stationary in the clock at the start, as at
-    nearly pure noise; elsewhere it bounds the order of the whole solution by 2.
+    order. The quadratic through them is evaluated half steps before `t0`. Without such a history a method of order 3 or more makes its
+    first steps with order 1 and 2, and the whole solution has order 2 at most. There is no such loss if the control is stationary in
+    the clock at the start, as at nearly pure noise.
     """
     whole = terms.contr(t0, t1, moments=2)
     c0, c1 = whole.clock
@@ -84,7 +84,7 @@ class Kernel(NamedTuple):
 
 
 class AbstractMultistep(AbstractSemilinearSolver):
-    """A multistep exponential integrator; subclasses choose the weights of the polynomial and its variable."""
+    """A multistep exponential integrator. Subclasses choose the weights of the polynomial and its variable."""
 
     steps: AbstractVar[int]
     bootstrap: AbstractVar[bool]
@@ -94,7 +94,7 @@ class AbstractMultistep(AbstractSemilinearSolver):
         """The step's coefficients."""
 
     def coordinate(self, clock: Scalar) -> Scalar:
-        """The variable in which the control is a polynomial."""
+        """The variable of the control's polynomial."""
         return clock
 
     def init(self, terms, t0, t1, y0, args) -> History:
@@ -122,15 +122,14 @@ class AbstractMultistep(AbstractSemilinearSolver):
 class ExponentialAdamsBashforth(AbstractMultistep):
     r"""`x1 = phi x0 + int Phi(s, t1) B(s) p(clock(s)) ds + std xi`, integrated exactly: DEIS with polynomials in the log-SNR.
 
-    Deterministic order `steps`, weak order 2 (1 for one step), strong order 1. On an epsilon-frozen
-    term at eta = 0 this is DEIS (Zhang and Chen 2023, eq. 14-15), which takes polynomials in time or in `sigma / alpha`; here
-    the variable is the clock, as in the log-rho variant of public code. On an x0-frozen term, `steps=3` is what
-    DPM-Solver++(3M) sets out to be.
+    Deterministic order `steps`, weak order 2 (1 for one step), strong order 1. With epsilon frozen at eta = 0 this is DEIS (Zhang and
+    Chen 2023, eq. 14-15) with polynomials in the clock, as in the log-rho variant of public code; the paper's polynomials are in time
+    or in `sigma / alpha`. With x0 frozen, `steps=3` is the exact form of DPM-Solver++(3M).
 
     Args:
         steps: number of controls, 1 to 4.
-        bootstrap: for `steps > 2`, spend four evaluations before the first step on a starting history: needed for the order
-            to hold from starts other than nearly pure noise (see `bootstrap`).
+        bootstrap: for `steps > 2`, compute a starting history by four evaluations before the first step. The order needs it, unless
+            the start is nearly pure noise (see `bootstrap`).
 
     ??? cite "Reference"
         ```bibtex
@@ -164,7 +163,7 @@ class DPMSolverPP2M(AbstractMultistep):
 
     Deterministic order 2, weak order 2, strong order 1. With x0 frozen: DPM-Solver++(2M) at eta = 0 (Lu et al. 2022b, Algorithm
     2), SDE-DPM-Solver++(2M) at eta = 1 (their eq. 19); other eta interpolate exactly. With epsilon frozen: the two-step
-    DPM-Solver. One half stands for the exact moment `m_1 / m_0` (`ExponentialAdamsBashforth(2)`), to the same order.
+    DPM-Solver. The factor 1/2 approximates the moment `m_1 / m_0` of `ExponentialAdamsBashforth(2)`, to the same order.
 
     ??? cite "Reference"
         ```bibtex
@@ -192,15 +191,15 @@ class DPMSolverPP2M(AbstractMultistep):
 class DPMSolverPP3M(AbstractMultistep):
     r"""`x1 = phi x0 + m_0 u_n + m_1 D_1 + curvature m_2 D_2 + std xi`, `D_1, D_2` from the quadratic through three controls.
 
-    `D_1` is its slope and `D_2` half its second derivative, per step of the clock. Deterministic order 3, weak order 2, strong
-    order 1. With x0 frozen: DPM-Solver++(3M) at eta = 0 and its SDE form at eta = 1.
+    `D_1` is the slope of the quadratic and `D_2` half its second derivative, per step of the clock. Deterministic order 3, weak order 2,
+    strong order 1. With x0 frozen: DPM-Solver++(3M) at eta = 0 and its SDE form at eta = 1.
 
-    **Deviation.** The published code multiplies the second divided difference by `m_2 / 2`, the coefficient of a second
-    *derivative*: half of what the quadratic contributes, and order 2. `curvature=0.5` reproduces it.
+    **Deviation.** The published code multiplies the second divided difference by `m_2 / 2`, which is the coefficient of a second
+    *derivative*. This is half of the quadratic's term, and the order is 2. `curvature=0.5` reproduces it.
 
     Args:
         curvature: 1 for the quadratic itself, 0.5 for the published code.
-        bootstrap: spend four evaluations before the first step on a starting history (see `ExponentialAdamsBashforth`).
+        bootstrap: compute a starting history by four evaluations before the first step (see `ExponentialAdamsBashforth`).
 
     ??? cite "Reference"
         ```bibtex

@@ -1,6 +1,6 @@
-"""Brownian increments on a fixed grid: exact there, differentiable, and a pure function of (sample key, interval).
+"""Brownian increments on a fixed grid. They are exact, differentiable, and a pure function of sample key and interval.
 
-Sample `i` of a batch draws from its own key, so nothing changes when the batch is split, reordered or sharded.
+Sample `i` of a batch draws from its own key, so its noise does not change if the batch is split, reordered or sharded.
 """
 
 from typing import Any
@@ -19,24 +19,24 @@ def sample_keys(key: Key[Array, ""], batch: int, start: int | Int[Array, ""] = 0
 
 
 def standard_normal(keys: Key[Array, " b"], index, shape: tuple[int, ...], dtype: Any) -> Float[Array, "b *x"]:
-    """Standard normals `[b, *shape]`, sample `i` from `fold_in(keys[i], index)`."""
+    """Standard normals `[b, *shape]`. Sample `i` is drawn from `fold_in(keys[i], index)`."""
     return jax.vmap(lambda k: jr.normal(jr.fold_in(k, index), shape, dtype))(keys)
 
 
 def minimal_levy_area(solver: dfx.AbstractSolver) -> Any:
-    """The abstract class of increments that `solver` (or what it wraps) asks for."""
+    """The abstract class of the increments that `solver`, or the solver inside it, needs."""
     while isinstance(solver, dfx.AbstractWrappedSolver):
         solver = solver.solver
     return getattr(solver, "minimal_levy_area", dfx.AbstractBrownianIncrement)
 
 
 def levy_area_for(solver: dfx.AbstractSolver) -> Any:
-    """The Levy area a path must carry for `solver`: `diffrax.SpaceTimeLevyArea` where it asks for one, else none."""
+    """The increments that a path must have for `solver`: `diffrax.SpaceTimeLevyArea` or `diffrax.BrownianIncrement`."""
     return dfx.BrownianIncrement if issubclass(dfx.BrownianIncrement, minimal_levy_area(solver)) else dfx.SpaceTimeLevyArea
 
 
 def interval_index(ts, t0, t1):
-    """Index of the grid interval that holds the midpoint of `[t0, t1]`."""
+    """Index of the grid interval that contains the midpoint of `[t0, t1]`."""
     return jnp.searchsorted(ts, 0.5 * (t0 + t1), method="compare_all") - 1
 
 
@@ -49,10 +49,10 @@ def _increment(self, dt, w, h, use_levy):
 
 
 class KeyedPath(dfx.AbstractBrownianPath):
-    """Per-sample Brownian motion on the grid `ts`; nothing is stored, increments are drawn when asked for.
+    """Brownian motion on the grid `ts`, one path per key. Increments are drawn on every call and not stored.
 
-    Valid for solvers that ask for whole grid intervals (every fixed-step solver without inner half steps). For adaptive
-    steps use `diffrax.VirtualBrownianTree`.
+    It is valid for solvers that use increments over whole grid intervals only: every fixed-step solver without inner half steps.
+    For adaptive steps use `brownian_tree`.
     """
 
     ts: Float[Array, " n"]
@@ -69,11 +69,11 @@ class KeyedPath(dfx.AbstractBrownianPath):
         return self.ts[-1]
 
     def noise(self, index) -> Float[Array, "b *x"]:
-        """The standard normals of interval `index`, one array `[b, *shape]`."""
+        """The standard normals of interval `index`, `[b, *shape]`."""
         return standard_normal(self.keys, 2 * index, self.shape, self.ts.dtype)
 
     def tabulate(self) -> Float[Array, "n b *x"]:
-        """All standard normals of the grid, `[n - 1, b, *shape]`: what `RecordedPath` replays."""
+        """All standard normals of the grid, `[n - 1, b, *shape]`, for `RecordedPath`."""
         return jax.lax.map(self.noise, jnp.arange(len(self.ts) - 1))
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
@@ -88,7 +88,7 @@ class KeyedPath(dfx.AbstractBrownianPath):
 
 
 class RecordedPath(dfx.AbstractBrownianPath):
-    """Brownian motion with given standard normals `noise[j]` in interval `j` of the grid `ts`: replay and injected noise."""
+    """Brownian motion with given standard normals `noise[j]` in interval `j` of the grid `ts`, to replay a path or to inject noise."""
 
     ts: Float[Array, " n"]
     noise: Float[Array, "n-1 b *x"]

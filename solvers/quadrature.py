@@ -1,7 +1,7 @@
 r"""Integrals of polynomials against the kernel of an exponential integrator.
 
-A control that is a polynomial in `theta in [0, 1]` enters a step through the moments `m_j = int kernel theta^j`. For an
-exponential kernel `e^{z (1 - theta)}` these are the phi-functions, `int_0^1 e^{z (1 - theta)} theta^j = j! phi_{j+1}(z)`.
+If the control is a polynomial in `theta in [0, 1]`, a step depends on the moments `m_j = int kernel theta^j`. For an exponential
+kernel `e^{z (1 - theta)}` these are the phi-functions, `int_0^1 e^{z (1 - theta)} theta^j = j! phi_{j+1}(z)`.
 """
 
 import math
@@ -23,9 +23,9 @@ def gauss_legendre(lo: Scalar, hi: Scalar) -> tuple[Float[Array, " n"], Float[Ar
 
 
 def moment_fractions(z: Scalar, count: int) -> tuple[Scalar, ...]:
-    r"""`I_j(z) / I_0(z)` for `j < count`, with `I_j(z) = int_0^1 e^{z (1 - theta)} theta^j dtheta`, for any z, also infinite.
+    r"""`I_j(z) / I_0(z)` for `j < count`, with `I_j(z) = int_0^1 e^{z (1 - theta)} theta^j dtheta`. `z` may be infinite.
 
-    `I_j = sum_i z^i j! / (i + j + 1)!` for small z, and `I_j = (j I_{j-1} - 1) / z` (scaled by `e^{-z}` for `z > 0`) else.
+    For small z it uses `I_j = sum_i z^i j! / (i + j + 1)!`, else `I_j = (j I_{j-1} - 1) / z`, scaled by `e^{-z}` for `z > 0`.
     """
     small, finite = jnp.abs(z) < 1, jnp.isfinite(z)
     inner = jnp.where(small, z, 0)
@@ -51,9 +51,9 @@ def integrate_interpolant(moments, nodes, values, known=None):
 
     Args:
         moments: `m_0, m_1, ...`, at least as many as nodes.
-        nodes: distinct scalars; the first ones are interpolated first.
+        nodes: distinct scalars.
         values: arrays of one shape.
-        known: how many of the nodes exist (traced); the others do not enter, whatever their values.
+        known: the number of nodes that exist, which may be traced. Later nodes are ignored.
     """
     n = len(nodes)
     known = n if known is None else known

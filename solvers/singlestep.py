@@ -1,7 +1,7 @@
-r"""Single-step exponential integrators: intermediate stages at fixed fractions of the clock, no memory.
+r"""Single-step exponential integrators: they have stages at fixed fractions of the clock step, and no memory.
 
-A noisy step of two stages needs the noise of the stage and of the step *jointly*. Both are made from one Brownian path: its
-increment `W` and space-time Levy area `H` over the step. Independent draws would cost an order.
+A step of two stages needs the noise of the stage and of the step *jointly*. Both are computed from one Brownian path, by its increment
+`W` and space-time Levy area `H` over the step. Independent draws would lower the order by one.
 """
 
 from typing import ClassVar
@@ -15,7 +15,7 @@ from .term import Interval
 
 
 def standard_pair(interval: Interval):
-    """Two independent standard normals of an interval: its increment's and its space-time Levy area's (zeros without noise)."""
+    """Two independent standard normals of an interval, for its increment and its space-time Levy area; zeros without noise."""
     dw = interval.dw
     if not isinstance(dw, dfx.AbstractSpaceTimeLevyArea):
         return dw, dw
@@ -23,7 +23,7 @@ def standard_pair(interval: Interval):
 
 
 def inner_time(terms, t0, t1, clock, fraction):
-    """The time at which the clock has made `fraction` of its way; `t0` where the clock ends at infinity."""
+    """The time at `fraction` of the clock step; `t0` if the clock is infinite at the end."""
     c0, c1 = clock
     finite = jnp.isfinite(c1 - c0)
     time = terms.contr(t0, t1, clock_at=(jnp.where(finite, c0 + fraction * (c1 - c0), c0),)).times[0]
@@ -31,7 +31,7 @@ def inner_time(terms, t0, t1, clock, fraction):
 
 
 def _two_stages(terms, t0, t1, y0, args, fraction, stage_noise, step_noise):
-    """`x1 = phi x0 + psi ((1 - 1/2r) u(x0) + (1/2r) u(xm)) + noise`, with functions from normals and transitions to noise."""
+    """`x1 = phi x0 + psi ((1 - 1/2r) u(x0) + (1/2r) u(xm)) + noise`; functions of normals and transitions give the noise."""
     whole = terms.contr(t0, t1, use_levy=True, whole_step=True)
     tm = inner_time(terms, t0, t1, whole.clock, fraction)
     part = terms.contr(t0, tm)
@@ -47,7 +47,7 @@ def _two_stages(terms, t0, t1, y0, args, fraction, stage_noise, step_noise):
 
 
 def _exact_stage_noise(normals, part: Interval, whole: Interval):
-    """Noise of the stage, jointly exact with `std xi`: correlation `Phi(tm, t1) std_m / std`."""
+    """Noise of the stage. Its joint law with `std xi` is exact: their correlation is `Phi(tm, t1) std_m / std`."""
     xi, zeta = normals
     phi_rest = whole.transition.phi / part.transition.phi
     noisy = whole.transition.std > 0
@@ -59,12 +59,12 @@ def _exact_stage_noise(normals, part: Interval, whole: Interval):
 class DPMSolver2S(AbstractSemilinearSolver):
     r"""`xm = phi_m x0 + psi_m u(x0) + N_m`, `x1 = phi x0 + psi ((1 - 1/(2r)) u(x0) + u(xm) / (2r)) + N_1`.
 
-    `xm` is at the fraction r of the clock step. Deterministic order 2, weak order 2, strong order 1. Two evaluations. At
-    eta = 0: DPM-Solver-2 with epsilon frozen (Lu et al. 2022, Algorithm 1), DPM-Solver++(2S) with x0 frozen. At eta > 0
-    with x0 frozen: DPM-Solver++ SDE as in k-diffusion, on one Brownian path; with epsilon frozen, r = 1/2 and eta = 1: SEEDS-2
+    `xm` is at the fraction r of the clock step. Deterministic order 2, weak order 2, strong order 1. It takes two evaluations. At
+    eta = 0 it is DPM-Solver-2 with epsilon frozen (Lu et al. 2022, Algorithm 1) and DPM-Solver++(2S) with x0 frozen. At eta > 0
+    with x0 frozen it is DPM-Solver++ SDE as in k-diffusion, on one Brownian path. With epsilon frozen, r = 1/2 and eta = 1 it is SEEDS-2
     (Gonzalez et al. 2023). `N_m` and `N_1` have the joint law of the SDE with frozen control.
 
-    Its difference to the one-stage step is an error estimate, so that it also runs with adaptive steps.
+    The difference to a one-stage step estimates the error, for adaptive steps.
 
     ??? cite "Reference"
         ```bibtex
@@ -107,9 +107,9 @@ class ExponentialSRA(AbstractSemilinearSolver):
         N_m = std_m (sqrt(3) xi + zeta) / 2,      N_1 = std (a xi + b zeta) / sqrt(a^2 + b^2)
         a = (Phi(t0, t1) G(t0) + G(t1)) / 2,      b = (Phi(t0, t1) G(t0) - G(t1)) / sqrt(12)
 
-    with `W = sqrt(dt) xi` and `H = sqrt(dt / 12) zeta`. `N_1` is `int Phi(s, t1) G(s) dW` for an integrand linear in time, with
-    its exact variance; `N_m` makes `(2/3) N_m` the time integral of the noise, `W/2 + H`. Deterministic order 2, weak order
-    2, strong order 3/2. Two evaluations, and an error estimate for adaptive steps.
+    with `W = sqrt(dt) xi` and `H = sqrt(dt / 12) zeta`. `N_1` is `int Phi(s, t1) G(s) dW` for an integrand linear in time, rescaled to
+    the exact variance. `N_m` is such that `(2/3) N_m` is the time integral of the noise, `W/2 + H`. Deterministic order 2, weak order
+    2, strong order 3/2. It takes two evaluations and has an error estimate for adaptive steps.
 
     ??? cite "Reference"
         ```bibtex
@@ -150,13 +150,13 @@ class ExponentialSRA(AbstractSemilinearSolver):
 
 
 class DPMSolver3S(AbstractSemilinearSolver):
-    r"""Three stages at the fractions r1, 2/3 and 0 of the clock step, for ODEs.
+    r"""Three stages, at the fractions 0, r1 and 2/3 of the clock step; for ODEs only.
 
         x2 = phi_2 x0 + m_0 u(x0) + m_1 (2/3) / r1 (u(x1) - u(x0))          moments over the first 2/3 of the step
         x' = phi x0 + m_0 u(x0) + (3/2) m_1 (u(x2) - u(x0))                  moments over the step
 
-    Deterministic order 3; no noise. Three evaluations. DPM-Solver-3 with epsilon frozen (Lu et al. 2022,
-    Algorithm 2), DPM-Solver++(3S) with x0 frozen.
+    Deterministic order 3; no noise. It takes three evaluations. It is DPM-Solver-3 with epsilon frozen (Lu et al. 2022, Algorithm 2),
+    and DPM-Solver++(3S) with x0 frozen.
 
     ??? cite "Reference"
         ```bibtex

@@ -3,8 +3,8 @@ r"""The semilinear controlled SDE as one diffrax term.
     dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW
 
 `A`, `B`, `G` are scalars at each time, `u` is the control (for a diffusion model: the network), `x` is a *batched*
-state `[b, *x]`. With `u` frozen over a step the equation is linear and has an exact solution, the affine Gaussian
-`Transition`; exponential integrators are built from it.
+state `[b, *x]`. If `u` is frozen over a step, the equation is linear and has an exact solution, the affine Gaussian
+`Transition`. Exponential integrators are built from it.
 """
 
 import abc
@@ -38,7 +38,7 @@ class Transition(NamedTuple):
 
 
 class Field(NamedTuple):
-    """What a semilinear term's `vf` returns: the control, the whole drift `A x + B u`, and the diffusion `G`."""
+    """The result of a semilinear term's `vf`: the control, the whole drift `A x + B u`, and the diffusion `G`."""
 
     control: State
     drift: State
@@ -46,20 +46,20 @@ class Field(NamedTuple):
 
 
 class Interval(NamedTuple):
-    r"""What a semilinear term's `contr` returns.
+    r"""The result of a semilinear term's `contr`.
 
-    The clock is a monotone function of time in which the control is smooth (log-SNR for a diffusion model); polynomials
-    of multistep and multistage solvers live in it. `theta = (clock(s) - clock(t0)) / (clock(t1) - clock(t0))`.
+    The clock is an increasing function of time; the control is a smooth function of it (log-SNR for a diffusion model). Multistep
+    and multistage solvers use polynomials in the clock. `theta = (clock(s) - clock(t0)) / (clock(t1) - clock(t0))`.
 
     Attributes:
         dt: `t1 - t0`.
-        dw: the Brownian increment (a scalar zero where the term has no noise).
-        transition: the exact transition for a control frozen over the interval.
+        dw: the Brownian increment; a scalar zero if the term has no noise.
+        transition: the exact transition for a control that is frozen over the interval.
         diffusion: `G` at `t0` and `t1`.
         clock: the clock at `t0` and `t1`; infinite at a time without noise.
-        rate: `k` where `Phi(s, t1) B(s) ds` is proportional to `exp(-k (clock(t1) - clock(s))) dclock`, else nan.
-        moments: `int Phi(s, t1) B(s) theta(s)^j ds` for `j = 0, 1, ...`, as many as were asked for; the first is `psi`.
-        times: the times of the clock values that were asked for.
+        rate: `k` if `Phi(s, t1) B(s) ds` is proportional to `exp(-k (clock(t1) - clock(s))) dclock`, else nan.
+        moments: `int Phi(s, t1) B(s) theta(s)^j ds` for `j = 0, 1, ...`, the requested number of them; the first is `psi`.
+        times: the times of the requested clock values.
     """
 
     dt: Scalar
@@ -75,11 +75,11 @@ class Interval(NamedTuple):
 class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; beartype refuses these for the bounds of diffrax
     r"""`dx = (A(t) x + B(t) u(t, x)) dt + G(t) dW` with scalar coefficients.
 
-    A solver sees only `vf`, `contr` and `prod` (diffrax wraps terms, so further methods cannot be reached from a solver);
-    `contr` therefore carries the exact transition. `prod` is the Euler product, so that `diffrax.Euler` on this term is
-    Euler-Maruyama; `terms_for` rewrites the term for solvers which want a drift and a diffusion apart.
+    Solvers can only call `vf`, `contr` and `prod`, because diffrax wraps terms. The result of `contr` therefore has the exact
+    transition. `prod` is the Euler product, so `diffrax.Euler` on this term is Euler-Maruyama. `terms_for` rewrites the term for
+    solvers that need a drift and a diffusion term.
 
-    A subclass gives `coefficients` and `propagator`; `clock`, `time_at` and `rate` have defaults (the clock is time).
+    A subclass implements `coefficients` and `propagator`. `clock`, `time_at` and `rate` have defaults: the clock is time.
     """
 
     control: AbstractVar[ControlField]
@@ -94,7 +94,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
         """The exact transition over `[t0, t1]` for a control that is frozen at its value at `t0`."""
 
     def clock(self, t: Scalar) -> Scalar:
-        """An increasing function of time in which the control is smooth."""
+        """An increasing function of time; the control is a smooth function of it."""
         return t
 
     def time_at(self, clock: Scalar) -> Scalar:
@@ -106,7 +106,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
         return None
 
     def moments(self, t0: Scalar, t1: Scalar, count: int) -> tuple[Scalar, ...]:
-        """`int Phi(s, t1) B(s) theta(s)^j ds`, `j < count`: closed forms where there is a `rate`, else quadrature."""
+        """`int Phi(s, t1) B(s) theta(s)^j ds`, `j < count`: in closed form if there is a `rate`, else by quadrature."""
         psi, rate = self.propagator(t0, t1).psi, self.rate()
         c0, c1 = self.clock(t0), self.clock(t1)
         if rate is not None:
@@ -128,11 +128,11 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
 
         Args:
             t0, t1: its ends.
-            moments: how many moments are wanted.
-            clock_at: clock values whose times are wanted.
-            whole_step: `[t0, t1]` is a step of the solver. On a path that knows the grid the coefficients are then those of all
-                steps, computed together before the first (they do not depend on the state), and looked up.
-            kwargs: for the path.
+            moments: number of moments to return.
+            clock_at: clock values whose times to return.
+            whole_step: whether `[t0, t1]` is a step of the solver. If the path has a grid, the coefficients of all steps are then
+                computed together before the first step, since they do not depend on the state, and looked up.
+            kwargs: arguments for the path.
         """
         dw = jnp.zeros_like(t1 - t0) if self.path is None else self.path.evaluate(t0, t1, **kwargs)
         grid = getattr(self.path, "ts", None)
@@ -143,7 +143,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
         return self._interval(t0, t1, moments, clock_at)._replace(dw=dw)
 
     def _interval(self, t0: Scalar, t1: Scalar, moments: int, clock_at: tuple) -> Interval:
-        """Everything but the noise."""
+        """The interval without its noise."""
         rate = self.rate()
         return Interval(
             dt=t1 - t0,
@@ -161,7 +161,7 @@ class AbstractSemilinearTerm(dfx.AbstractTerm[Any, Any]):  # [Field, Interval]; 
 
 
 class Diffusion(dfx.AbstractTerm[Any, Any]):
-    """The noise term `G(t) dW` alone, for diffrax solvers that take drift and diffusion apart."""
+    """The noise term `G(t) dW`, for diffrax solvers that take a drift and a diffusion term."""
 
     coefficient: Callable[[Scalar], Scalar]
     path: dfx.AbstractBrownianPath

@@ -12,7 +12,7 @@ from .quadrature import integrate_interpolant
 
 
 class UniPCState(NamedTuple):
-    """What the next step needs in order to correct the state it starts from."""
+    """The quantities that the next step needs to correct its start."""
 
     past: History
     base: Any  # phi x + std xi of the last step, from its corrected start
@@ -25,18 +25,18 @@ class UniPC(AbstractSemilinearSolver):
 
         x1^c = phi x^c + int Phi B p^+ + std xi,     p^+ through u(t1, x1) and the last p controls
 
-    The state carries the prediction, as in the paper's sampler: each control is evaluated at a prediction, and the step that
-    evaluates it first corrects its start `x -> x^c`. One evaluation a step; the last state is not corrected.
-    Deterministic order `steps + 1`, weak order 2, strong order 1 (the corrector uses the step's own noise). x0 frozen is
-    UniPC with data prediction, epsilon frozen with noise prediction (Zhao et al. 2023, Algorithms 1 and 2).
+    As in the paper's sampler, the state is the prediction, and each control is evaluated at a prediction. The step that evaluates it
+    then corrects its start, `x -> x^c`. Every step takes one evaluation; the last state is not corrected. Deterministic order
+    `steps + 1`, weak order 2, strong order 1 (the corrector uses the step's own noise). With x0 frozen it is UniPC with data
+    prediction, with epsilon frozen UniPC with noise prediction (Zhao et al. 2023, Algorithms 1 and 2).
 
-    With a single difference to weight, the paper solves no equation but takes one half of `B(h)`; `half_rule=True` does so
-    with `B_2(h) = e^h - 1` ("bh2"), `False` uses the exact moment. From two differences on both are the same.
+    For a single difference the paper does not solve for its weight but uses half of `B(h)`. `half_rule=True` does the same with
+    `B_2(h) = e^h - 1` ("bh2"); `False` uses the exact moment. For two or more differences both are the same.
 
     Args:
         steps: p, the number of controls of the predictor, 1 to 3.
-        half_rule: see above.
-        bootstrap: for `steps = 3`, spend four evaluations before the first step on a starting history (see
+        half_rule: whether to use the paper's weight of a single difference.
+        bootstrap: for `steps = 3`, compute a starting history by four evaluations before the first step (see
             `ExponentialAdamsBashforth`).
 
     ??? cite "Reference"
@@ -53,7 +53,7 @@ class UniPC(AbstractSemilinearSolver):
 
     def __check_init__(self):
         if not (isinstance(self.steps, int) and 1 <= self.steps <= 3):
-            raise ValueError(f"steps={self.steps} must be 1, 2 or 3.")
+            raise ValueError(f"steps={self.steps} must be 1, 2 or 3: it is the number of controls of the predictor.")
 
     @property
     def weak_order(self) -> int:
@@ -91,7 +91,7 @@ class UniPC(AbstractSemilinearSolver):
         return y1, None, dict(y0=y0, y1=y1), state, dfx.RESULTS.successful
 
     def _corrector(self, moments, clock, u, past: History):
-        """Over the last step, whose end is `clock` and whose start is `past.clocks[0]`: through `u` and the last p controls."""
+        """The corrected end of the last step, from `past.clocks[0]` to `clock`, by the polynomial through `u` and the last p controls."""
         h = clock - past.clocks[0]
         h = jnp.where(h > 0, h, 1)
         nodes = [jnp.zeros_like(h), jnp.ones_like(h), *((c - past.clocks[0]) / h for c in past.clocks[1:])]

@@ -1,8 +1,8 @@
 """diffrax's explicit Runge-Kutta methods with their stages written out.
 
-diffrax makes the stages of a step in a loop over a buffer, which a compiler cannot see through. For additive noise `G(t) dW` the
-noise of every stage is a combination of the step's increment `W` and Levy area `H` with coefficients of the grid alone, and the
-stages are a handful of sums.
+diffrax computes the stages of a step in a loop over a buffer, which a compiler cannot optimise. For additive noise `G(t) dW` the noise of
+every stage is a combination of the step's increment `W` and Levy area `H`. Its coefficients depend on the grid only, and the stages are
+a few sums.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 
 class Unrolled(dfx.AbstractStratonovichSolver):
-    """The step of `solver`, an explicit (stochastic) Runge-Kutta method, on an `ODETerm` and a `Diffusion`; no error estimate.
+    """The step of `solver`, an explicit (stochastic) Runge-Kutta method, on an `ODETerm` and a `Diffusion`, without error estimate.
 
-    The same numbers up to rounding, at the cost of the arithmetic.
+    Results are those of `solver` up to rounding.
     """
 
     solver: Any  # dfx.AbstractERK or dfx.AbstractSRK
@@ -56,10 +56,10 @@ class Unrolled(dfx.AbstractStratonovichSolver):
 
 
 def drawn_once(increment: Any, always: Any) -> Any:
-    """`increment`, not drawn again for every stage that it enters; `always` is a truth that the compiler does not know.
+    """`increment`, drawn only once. `always` is true, but the compiler does not know it.
 
-    XLA on a CPU puts a step of three stages and its noise into one loop, and computes the noise anew at each place where that loop
-    needs it. What a conditional hands on is computed before.
+    On a CPU, XLA fuses a step of three stages and its noise into one loop, and computes the noise again at each place that uses it. The
+    result of a conditional is computed before the loop.
     """
 
     def handed_on(increment):
@@ -69,7 +69,7 @@ def drawn_once(increment: Any, always: Any) -> Any:
 
 
 def combine(coefficients: Iterable, values: Iterable) -> Any:
-    """`sum_i c_i v_i`, leaving out coefficients that are zero by construction; a plain 0 for an empty sum."""
+    """`sum_i c_i v_i` without coefficients that are zero by construction; 0 for an empty sum."""
     pairs = [(c, v) for c, v in zip(coefficients, values) if v is not None and not (isinstance(c, float) and c == 0)]
     terms = [jnp.asarray(c, v.dtype) * v for c, v in pairs]
     return sum(terms[1:], terms[0]) if terms else 0.0
@@ -78,8 +78,8 @@ def combine(coefficients: Iterable, values: Iterable) -> Any:
 def noise_coefficients(tableau, g: Callable, times: list, t1) -> tuple[list[tuple], tuple]:
     """Coefficients of the increment and of the Levy area at every stage, and at the end of the step.
 
-    An explicit method applies its tableau to `G dW`. A stochastic method for additive noise has `G(t0)` at every stage and a
-    correction for its change at the end, one for general noise `G` at the stages before.
+    An explicit method applies its tableau to `G dW`. A stochastic method for additive noise uses `G(t0)` at every stage, and corrects for
+    the change of `G` at the end. A stochastic method for general noise uses `G` at the stages before.
     """
     if isinstance(tableau, dfx.ButcherTableau):
         at = [g(t) for t in times]
@@ -96,7 +96,7 @@ def noise_coefficients(tableau, g: Callable, times: list, t1) -> tuple[list[tupl
 
 
 def unrolled(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
-    """`solver` as `Unrolled` where it is a method of diffrax's that this can serve; else unchanged."""
+    """`solver` as `Unrolled` if it is one of diffrax's explicit methods; else unchanged."""
     explicit = isinstance(solver, dfx.AbstractERK) and isinstance(solver, dfx.AbstractStratonovichSolver)
     stochastic = isinstance(solver, dfx.AbstractSRK) and solver.tableau.coeffs_kk is None
     return Unrolled(solver) if explicit or stochastic else solver

@@ -4,9 +4,12 @@ Tests spend their time in the compiler, not in what it makes, so machine code is
 which see the compiler as users have it (`compiling.py`). Programs that several tests compile are compiled once: workers and the
 processes that tests start share a cache on disk that goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
 
-Workers take whole files, so that what the tests of a file share is made once.
+Workers take whole files, so that what the tests of a file share is made once. After a file its programs are forgotten: those of
+all files would take gigabytes.
 """
 
+import ctypes
+import gc
 import importlib.util
 import os
 import sys
@@ -18,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from the fi
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import jax
 import jaxtyping
 import pytest
 
@@ -29,6 +33,11 @@ if importlib.util.find_spec("beartype"):  # without it test_static.py fails, and
 from tests.compiling import Compiler
 
 COMPILER = Compiler()
+# Tracing makes millions of small objects that live as long as a program: looking for cycles among them, and noting the line of
+# each operation, took a tenth of the tests' time.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def is_unoptimised(item: pytest.Item) -> bool:
@@ -52,6 +61,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 def pytest_runtest_setup(item: pytest.Item):
     """Before what the test needs is made."""
     COMPILER.optimise(not is_unoptimised(item))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs and traces of a file end with it, and their memory goes back to the system."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")

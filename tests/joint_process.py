@@ -10,7 +10,7 @@ import numpy as np
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.parallel import Layout, make_mesh, whole
-from ctrl_diffusion.rewards import evaluate
+from ctrl_diffusion.rewards import compute_rewards
 
 
 def main(address: str, process: int) -> None:
@@ -28,11 +28,11 @@ def main(address: str, process: int) -> None:
 
     for reward in (raises, is_not_finite):
         try:
-            evaluate(cd.black_box(reward), x)
+            compute_rewards(cd.black_box(reward), x)
             print("no error")
         except cd.rewards.RewardError as error:
             print(error)
-    doubled = evaluate(cd.black_box(lambda rows: 2 * rows[:, 0]), x)
+    doubled = compute_rewards(cd.black_box(lambda rows: 2 * rows[:, 0]), x)
     print({shard.index[0].start: shard.data.tolist() for shard in doubled.addressable_shards})
 
     from tests.parallel_cases import iteration, leaves  # which compute something: after the processes have met

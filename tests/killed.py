@@ -45,7 +45,7 @@ def killing(fn, at, before=True):
 
 def main(out, point):
     if point == "rollout":  # the rewards of the second iteration: paths are sampled, nothing is learned
-        collect.evaluate_parts = killing(collect.evaluate_parts, 2)
+        collect.compute_reward_terms = killing(collect.compute_reward_terms, 2)
     elif point == "update":  # the first of the two updates of the second iteration is done
         iteration.one_update = killing(iteration.one_update, 3, before=False)
     elif point == "checkpoint":  # the third checkpoint is being written in the background

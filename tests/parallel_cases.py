@@ -228,15 +228,15 @@ def test_the_devices_sample_while_the_host_judges(monkeypatch):
     """All parts are handed to the devices before the host waits for the first."""
     events = []
     module = sys.modules["ctrl_diffusion.algorithms.collect"]
-    paced, judge = Layout.paced, module.evaluate_parts
+    paced, judge = Layout.paced, module.compute_reward_terms
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
-    monkeypatch.setattr(module, "evaluate_parts", lambda *args: events.append("host") or judge(*args))
+    monkeypatch.setattr(module, "compute_reward_terms", lambda *args: events.append("host") or judge(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
     assert events[:8] == ["device"] * 6 + ["host", "device"]  # keys, conditions (here none), then paths and their actions
 
 
 REFUSED = {
-    "accumulation=3 must divide the rows of a minibatch, 128": {"accumulation": 3},
+    "accumulation=3 must divide the transitions of a minibatch, 128": {"accumulation": 3},
     "rollouts=5 must divide batch=32": {"rollouts": 5},
 }
 

@@ -77,7 +77,7 @@ REFUSED = {
             cd.Objective(cd.Sampler(PROBLEM.process, control, (1,)), cd.differentiable(PROBLEM.reward), 0.0),
             cd.Training(optax.sgd(0.1), 8, kl_target=AdaptiveKL(1.0)),
         ),
-        "kl_weight=0: kl_target=.* needs a positive temperature",
+        "kl_weight=0: kl_target=.* scales it .* give Objective a positive kl_weight",
     ),
 }
 

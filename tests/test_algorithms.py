@@ -317,7 +317,7 @@ def test_a_strangers_algorithm():
     state = mine.init(params, value_params)
     for key in jax.random.split(jax.random.key(0), 25):
         state, _ = mine.step(key, state)
-    evaluator = exact.Evaluator(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
+    evaluator = exact.GapEvaluator(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
     gap = evaluator.gap(sampler.control, state.params)
     assert gap.relative.mean < 0.05  # measured: 0.032 +- 0.002 after 25 iterations of 256 paths
     assert evaluator.gap(sampler.control, params).relative.mean > 0.99

@@ -12,7 +12,7 @@ import pytest
 import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import lower
 from ctrl_diffusion.groups import mean_within, same_condition, softmax_within, variance_within
-from ctrl_diffusion.rewards import evaluate, evaluate_parts
+from ctrl_diffusion.rewards import compute_reward_terms, compute_rewards
 from experiments.algorithm_registry import ALGORITHMS, AlgorithmSettings, value_for
 
 STEPS, BATCH, DIM, KINDS = 5, 12, 3, 2
@@ -214,17 +214,19 @@ def test_rewards_of_a_view():
     smooth = cd.differentiable(lambda x: jnp.sum(x, axis=1), "smooth")
     both = cd.weighted_sum((1.0, smooth), (10.0, cd.black_box(host, conditional=True)))
     reward = cd.seen_through(double, both)
-    total, parts = evaluate_parts(reward, x, cond)
+    total, parts = compute_reward_terms(reward, x, cond)
     np.testing.assert_allclose(parts["smooth"], 2 * x.sum(1))
     np.testing.assert_allclose(parts["host"], 2 * x[:, 0] + cond)
     np.testing.assert_allclose(total, parts["smooth"] + 10 * parts["host"])
-    np.testing.assert_allclose(evaluate(reward, x, cond), total)
+    np.testing.assert_allclose(compute_rewards(reward, x, cond), total)
     assert set(seen) == {np.ndarray}
     gradient = jax.grad(lambda x: jnp.sum(cd.seen_through(double, smooth)(x)))(x)
     np.testing.assert_allclose(gradient, 2)
     for inner in (smooth, cd.black_box(host, conditional=True)):  # views in views: the outer one first
         nested = cd.seen_through(lambda x: x + 1, cd.seen_through(double, inner))
-        np.testing.assert_allclose(evaluate(nested, x, cond), evaluate(cd.seen_through(double, inner), x + 1, cond))
+        np.testing.assert_allclose(
+            compute_rewards(nested, x, cond), compute_rewards(cd.seen_through(double, inner), x + 1, cond)
+        )
 
 
 def test_views_of_a_few_samples_at_a_time():
@@ -238,7 +240,7 @@ def test_views_of_a_few_samples_at_a_time():
     x, cond = jnp.arange(10.0).reshape(5, 2), jnp.arange(5)
     scaled = cd.differentiable(lambda x, cond: jnp.sum(x, axis=1) * cond, "scaled", conditional=True)
     reward = cd.seen_through(double, scaled, chunk=2)
-    np.testing.assert_allclose(evaluate(reward, x, cond), 2 * x.sum(1) * cond)
+    np.testing.assert_allclose(compute_rewards(reward, x, cond), 2 * x.sum(1) * cond)
     gradient = jax.grad(lambda x: jnp.sum(reward(x, cond)))(x)
     np.testing.assert_allclose(gradient, jnp.broadcast_to(2.0 * cond[:, None], x.shape))
     assert set(sizes) == {1, 2}

@@ -243,7 +243,7 @@ def test_deterministic_sampler_has_no_gap(tmp_path):
 def test_rewards_by_name_are_what_they_say(name):
     choice = OF_DIGITS[name]
     reward = choice.make(RewardSettings(lambda x: jnp.log(jnp.full((len(x), 10), 0.1)), 3))
-    values = cd.rewards.evaluate(reward, jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1))
+    values = cd.rewards.compute_rewards(reward, jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1))
     assert values.shape == (2,) and reward.differentiable == choice.differentiable and reward.name == name
 
 

@@ -8,7 +8,7 @@ import pytest
 import scipy.integrate
 
 from ctrl_diffusion.exact import (
-    Evaluator,
+    GapEvaluator,
     LinearOU,
     QuadraticOU,
     double_well,
@@ -83,7 +83,7 @@ def test_the_optimal_policy_reaches_the_optimum(make):
     """Simulated, what the chain's moments say at 200 steps; and those tend to J* at first order."""
     problem, keys = make(), sample_keys(jr.key(5), 1000)
     expected, _ = chain_moments(problem, 200)
-    reached = Evaluator(problem, keys, steps=200).objective(problem.optimal_action, None)
+    reached = GapEvaluator(problem, keys, steps=200).objective(problem.optimal_action, None)
     assert abs(reached.mean - expected) < 4 * reached.se
     best = float(problem.optimal_value())
     errors = [chain_moments(problem, steps)[0] - best for steps in (200, 400, 800)]
@@ -97,12 +97,12 @@ def test_the_optimal_policy_reaches_the_optimum(make):
 def test_control_error_of_no_control_by_simulation():
     """At 200 steps against the chain's moments (hard); at 400 and 800 steps extrapolated to the fine integral (double well)."""
     problem, keys = quadratic_ou_hard(), sample_keys(jr.key(6), 1000)
-    error = Evaluator(problem, keys).zero_control_l2_error
+    error = GapEvaluator(problem, keys).zero_control_l2_error
     expected = chain_moments(problem, 200)[1]
     assert abs(error.mean - expected) < 4 * error.se and error.se < 0.01 * expected
     assert abs(expected / 28.95 - 1) < 0.005
     problem = double_well()
-    coarse, fine = (Evaluator(problem, keys, steps=steps).zero_control_l2_error for steps in (400, 800))
+    coarse, fine = (GapEvaluator(problem, keys, steps=steps).zero_control_l2_error for steps in (400, 800))
     bias = (fine.mean - coarse.mean) ** 2 / fine.mean
     assert abs(2 * fine.mean - coarse.mean - 0.6351) < 4 * np.hypot(2 * fine.se, coarse.se) + bias
 
@@ -116,7 +116,7 @@ def test_measures_of_a_constant_error_are_exact():
 
     shift, keys = jnp.asarray(0.7), sample_keys(jr.key(7), 64)
     error = 3 * 0.7**2 * 1.7 / 0.8**2
-    evaluator = Evaluator(problem, keys, steps=200)
+    evaluator = GapEvaluator(problem, keys, steps=200)
     gap = evaluator.gap(shifted, shift)
     np.testing.assert_allclose(gap.gap.mean, 0.5 * 1.3 * error, rtol=1e-9)
     np.testing.assert_allclose(gap.relative.mean, gap.gap.mean / gap.reference.mean, rtol=1e-12)
@@ -132,7 +132,7 @@ def test_the_gap_is_the_optimum_minus_the_objective():
         return params * problem.optimal_action(None, t, x) + (1 - params) * problem.reference_action(None, t, x)
 
     amount = jnp.asarray(0.5)
-    evaluator = Evaluator(problem, sample_keys(jr.key(8), 2000), steps=200)
+    evaluator = GapEvaluator(problem, sample_keys(jr.key(8), 2000), steps=200)
     gap, reached = evaluator.gap(half, amount), evaluator.objective(half, amount)
     by_rewards = float(problem.optimal_value()) - reached.mean
     bias = 0.01 * abs(float(problem.optimal_value()))  # of 200 steps, first order: 0.5 % of the exact optimum (test_gap.py)
@@ -152,14 +152,14 @@ def test_the_gap_of_a_linear_policy():
         return [2 * (0.2 - f) * y[0] + 20, 0.5 * f**2 * y[0]]  # u - u* = F x
 
     done = scipy.integrate.solve_ivp(moments, (0, 1), [5.0, 0.0], rtol=1e-8, atol=1e-10)
-    gap = Evaluator(problem, sample_keys(jr.key(9), 1000), steps=400).gap(half, None)
+    gap = GapEvaluator(problem, sample_keys(jr.key(9), 1000), steps=400).gap(half, None)
     assert abs(gap.gap.mean - done.y[1, -1]) < 4 * gap.gap.se + 2 / 400 * done.y[1, -1]
     assert abs(gap.relative.mean - 0.25) < 0.1  # a quarter, but for the law of the states
 
 
 def test_chunks_change_nothing():
     problem, keys = linear_ou(), sample_keys(jr.key(10), 10)
-    whole, parts = (Evaluator(problem, keys, steps=10, chunk=n).objective(problem.optimal_action, None) for n in (10, 4))
+    whole, parts = (GapEvaluator(problem, keys, steps=10, chunk=n).objective(problem.optimal_action, None) for n in (10, 4))
     np.testing.assert_allclose(whole, parts, rtol=1e-12)
     with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
-        Evaluator(problem, keys, chunk=0)
+        GapEvaluator(problem, keys, chunk=0)

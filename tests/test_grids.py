@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 from ctrl_diffusion.schedules import RectifiedFlow, VarianceExploding, VPCosine, VPLinear, VPTable
-from ctrl_diffusion.solvers import clock_uniform, cosine, from_timesteps, karras, leading, linspaced, power, trailing, uniform
+from ctrl_diffusion.solvers import (
+    clock_uniform,
+    cosine_spaced,
+    from_timesteps,
+    karras,
+    leading,
+    linspaced,
+    power,
+    trailing,
+    uniform,
+)
 
 SCHEDULES = [VPLinear(), VPCosine(), VPTable(), VarianceExploding(), RectifiedFlow()]
 
@@ -46,7 +56,7 @@ def test_power_steps_are_equal_in_a_root_of_what_is_left():
 
 
 def test_cosine_steps_shrink_towards_the_data():
-    ts = cosine(0.2, 0.9, 10)
+    ts = cosine_spaced(0.2, 0.9, 10)
     assert (ts[0], ts[-1]) == pytest.approx((0.2, 0.9))
     assert np.all(np.diff(ts, 2) < 0)
     assert ts[5] == pytest.approx(0.2 + 0.7 * np.sin(np.pi / 4))

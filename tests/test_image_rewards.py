@@ -153,8 +153,8 @@ def positions_without_the_class(patch):
 
 
 def causal_vision(patch):
-    correct = transformer.Encoder.__init__
-    patch.setattr(transformer.Encoder, "__init__", lambda self, *a, causal=True: correct(self, *a, causal=True))
+    correct = transformer.TransformerEncoder.__init__
+    patch.setattr(transformer.TransformerEncoder, "__init__", lambda self, *a, causal=True: correct(self, *a, causal=True))
 
 
 def patches_by_columns(patch):
@@ -258,10 +258,10 @@ def test_as_a_reward_of_fixed_prompts(pickscore):
     for chunk in (None, 4):
         reward = for_prompts(pickscore, PROMPTS, "PickScore", chunk=chunk)
         assert reward.differentiable and reward.conditional and reward.name == "PickScore"
-        assert relative(rewards.evaluate(reward, IMAGES, prompt), expected) < GATE
+        assert relative(rewards.compute_rewards(reward, IMAGES, prompt), expected) < GATE
     size = cd.pooled(image_rewards.jpeg_compressibility, chunk=2)
-    total, parts = rewards.evaluate_parts(cd.weighted_sum((1.0, reward), (0.1, size)), IMAGES, prompt)
-    np.testing.assert_allclose(total, parts["PickScore"] + 0.1 * rewards.evaluate(size, IMAGES), rtol=1e-6)
+    total, parts = rewards.compute_reward_terms(cd.weighted_sum((1.0, reward), (0.1, size)), IMAGES, prompt)
+    np.testing.assert_allclose(total, parts["PickScore"] + 0.1 * rewards.compute_rewards(size, IMAGES), rtol=1e-6)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pickscore.network)))
     assert sum(leaf.size for leaf in jax.tree.leaves(reward) if eqx.is_array(leaf)) > parameters  # arguments, not constants
 

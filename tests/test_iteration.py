@@ -42,7 +42,7 @@ def training(**settings):
 def test_every_use_of_randomness_has_a_key_of_its_own():
     """`split(k, n)[i]` is `fold_in(k, i)` under JAX's default: what is split and folded from one key collides."""
     algorithm = cd.score_as_action(objective(), VALUE, training(epochs=6))
-    keys = algorithm.programs["split"].run(jax.random.key(0))
+    keys = algorithm.programs["split_keys"].run(jax.random.key(0))
     data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in jax.tree.leaves(keys)]
     assert len(data) == 4 + 6 and len(set(data)) == len(data)
 

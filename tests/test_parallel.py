@@ -110,9 +110,9 @@ def test_a_reward_that_fails_on_one_process_ends_both():
     printed = [process.communicate(timeout=300)[0] for process in both]
     ours = ("reward ", "{", "the iteration", "no error")
     first, second = ([line for line in text.splitlines() if line.startswith(ours)] for text in printed)
-    assert first[:2] == [f"reward {name!r} failed on process 1, which says why." for name in ("raises", "is_not_finite")], (
-        printed
-    )
+    assert first[:2] == [
+        f"reward {name!r} failed on process 1: see the error message of that process." for name in ("raises", "is_not_finite")
+    ], printed
     assert "raised RuntimeError" in second[0] and "returned inf for sample 0" in second[1]
     assert first[2:] == ["{0: [0.0], 1: [6.0]}", "the iteration of one device"], printed
     assert second[2:] == ["{2: [12.0], 3: [18.0]}", "the iteration of one device"], printed

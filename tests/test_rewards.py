@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.rewards import RewardError, evaluate, evaluate_parts
+from ctrl_diffusion.rewards import RewardError, compute_reward_terms, compute_rewards
 
 X = jnp.arange(20, dtype=jnp.float32).reshape(10, 2)
 
@@ -21,7 +21,7 @@ def first(x):
 @pytest.mark.parametrize("processes", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_pool_gives_what_the_function_gives(processes, chunk):
-    np.testing.assert_array_equal(evaluate(cd.pooled(first, workers=2, chunk=chunk, processes=processes), X), X[:, 0])
+    np.testing.assert_array_equal(compute_rewards(cd.pooled(first, workers=2, chunk=chunk, processes=processes), X), X[:, 0])
 
 
 def test_a_pool_works_on_parts_at_the_same_time():
@@ -32,7 +32,7 @@ def test_a_pool_works_on_parts_at_the_same_time():
         barrier.wait()
         return first(x)
 
-    np.testing.assert_array_equal(evaluate(cd.pooled(together, workers=2, chunk=5), X), X[:, 0])
+    np.testing.assert_array_equal(compute_rewards(cd.pooled(together, workers=2, chunk=5), X), X[:, 0])
 
 
 def test_a_reward_that_hangs_is_given_up_and_the_samples_are_named():
@@ -44,10 +44,10 @@ def test_a_reward_that_hangs_is_given_up_and_the_samples_are_named():
     begin = time.monotonic()
     reward = cd.pooled(hangs, workers=2, chunk=2, time_limit=0.5)
     with pytest.raises(RewardError, match="'hangs' raised TimeoutError .* no value for samples 2 to 3 within time_limit=0.5 s"):
-        evaluate(reward, X)
+        compute_rewards(reward, X)
     assert time.monotonic() - begin < 10
     with pytest.raises(RewardError, match="samples 2 to 3"):  # and again: the pool is made anew
-        evaluate(reward, X)
+        compute_rewards(reward, X)
 
 
 def test_errors_name_the_samples():
@@ -57,9 +57,9 @@ def test_errors_name_the_samples():
         return first(x)
 
     with pytest.raises(RewardError, match="samples 4 to 4: OSError: disk gone"):
-        evaluate(cd.pooled(raises), X)
+        compute_rewards(cd.pooled(raises), X)
     with pytest.raises(RewardError, match=r"samples 0 to 2: shape \(\) instead of one number per sample"):
-        evaluate(cd.pooled(lambda x: x.sum(), chunk=3), X)
+        compute_rewards(cd.pooled(lambda x: x.sum(), chunk=3), X)
     with pytest.raises(ValueError, match="workers=0"):
         cd.pooled(first, workers=0)
     with pytest.raises(ValueError, match="time_limit=-1"):
@@ -71,11 +71,11 @@ def test_a_weighted_sum_is_evaluated_part_by_part():
         (2.0, cd.differentiable(lambda x: x[:, 0], "left")), (-1.0, cd.black_box(lambda x: x[:, 1], "right"))
     )
     assert not reward.differentiable and reward.name == "2 left + -1 right"
-    total, parts = evaluate_parts(reward, X)
+    total, parts = compute_reward_terms(reward, X)
     np.testing.assert_array_equal(total, 2 * X[:, 0] - X[:, 1])
     np.testing.assert_array_equal(parts["left"], X[:, 0])
     np.testing.assert_array_equal(parts["right"], X[:, 1])
-    np.testing.assert_array_equal(evaluate(reward, X), total)
+    np.testing.assert_array_equal(compute_rewards(reward, X), total)
 
 
 def test_a_sum_of_differentiable_rewards_is_differentiable():

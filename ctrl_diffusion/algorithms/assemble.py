@@ -1,4 +1,4 @@
-"""The middle of an iteration: values and targets of all transitions, and how transitions are dealt out to minibatches."""
+"""The middle of an iteration: values and targets of all transitions, and the division of transitions into minibatches."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ Metrics = dict[str, Float[Array, ""]]
 def prepare(
     recipe: Recipe, fixed: Any, key: Key[Array, ""], models: Models, kl_weight: Any, rollout: Rollout
 ) -> tuple[Transitions, Metrics]:
-    """Transitions with the targets of value and policy, path by path, so that a device has whole paths."""
+    """Transitions with the targets of value and policy. They are ordered path by path, so that every device has whole paths."""
     objective, critic, training, starts = recipe.bound(fixed, kl_weight), recipe.critic, recipe.training, recipe.starts
     values = critic.values(models.value, rollout)
     target = critic.targets(objective, rollout, values)
-    policy_target = _signal(recipe, objective, models, rollout, values)
+    policy_target = _policy_target(recipe, objective, models, rollout, values)
     n, batch = values.shape[0] - 1, values.shape[1]
     read = recipe.estimator.fields(objective).transitions
     columns: dict[str, Any] = {"j": jnp.broadcast_to(jnp.arange(n)[:, None], (n, batch)), "x": rollout.x[:-1]}
@@ -46,8 +46,8 @@ def prepare(
     return transitions, metrics
 
 
-def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Any:
-    """The policy target; where it takes networks, of as many paths at a time as are sampled at a time."""
+def _policy_target(recipe: Recipe, objective: Objective, models: Models, rollout: Rollout, values: Float[Array, "K b"]) -> Any:
+    """The policy target. If it evaluates networks, it is computed for as many paths at a time as are sampled at a time."""
     estimator, critic = recipe.estimator, recipe.critic
     if recipe.training.rollouts == 1 or not estimator.policy_target_is_of_paths:
         return estimator.policy_target(objective, critic, models, rollout, values)
@@ -63,7 +63,7 @@ def _signal(recipe: Recipe, objective: Objective, models: Models, rollout: Rollo
 
 
 def shuffle(recipe: Recipe, key: Key[Array, ""]) -> Int[Array, "minibatches m"]:
-    """Which transitions each minibatch has; stratified: which of each group of `minibatches` transitions."""
+    """The transitions of each minibatch, as indices; if stratified, the index within each group of `minibatches` transitions."""
     training, batch, per_path = recipe.training, recipe.training.batch, recipe.transitions_of_a_path
     if training.stratified:
         dealt = jax.vmap(lambda key: jax.random.permutation(key, training.minibatches), out_axes=1)

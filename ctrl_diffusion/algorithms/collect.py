@@ -1,4 +1,4 @@
-"""The first half of an iteration: sample paths, annotate them with actions, reward their ends, and remember them."""
+"""The first half of an iteration: sample paths, annotate them with actions, compute their rewards, and store them for replay."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ..process import Cond, Params
-from ..rewards import Reward, evaluate, evaluate_parts
+from ..rewards import Reward, compute_reward_terms, compute_rewards
 from ..rollout import Rollout, over_paths
 from ..sampler import Trajectory, path_actions
 from ..solvers import sample_keys
@@ -15,7 +15,7 @@ from .recipe import Recipe
 
 
 class Keys(NamedTuple):
-    """Keys of an iteration, each used for one thing."""
+    """Random keys of an iteration. Each is used for one purpose only."""
 
     paths: Key[Array, ""]
     shuffles: list[Key[Array, ""]]
@@ -25,10 +25,13 @@ class Keys(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """What is known of paths that wait for their rewards; the fields of `paths` that a `Trajectory` has are still `None`.
+    """Paths that wait for their rewards. The fields of `paths` that a `Trajectory` has are still `None`.
 
-    `x0_predictions` are those that are rewarded, path by path, with the conditions of their paths; `None` where the value uses no
-    such reward.
+    Attributes:
+        paths: penalties, log-ratios and actions.
+        ends: final states.
+        x0_predictions: the x0 predictions to compute rewards of, path by path, with the conditions of their paths; `None` if the
+            value uses no such reward.
     """
 
     paths: Rollout
@@ -36,19 +39,19 @@ class Annotated(NamedTuple):
     x0_predictions: tuple[Float[Array, "bn *x"], Cond] | None
 
 
-def split(recipe: Recipe, key: Key[Array, ""]) -> Keys:
-    """The keys of an iteration."""
+def split_keys(recipe: Recipe, key: Key[Array, ""]) -> Keys:
+    """Split the key of an iteration."""
     paths, shuffles, *others = jax.random.split(key, 5)
     return Keys(paths, list(jax.random.split(shuffles, recipe.training.epochs)), *others)
 
 
 def draw(recipe: Recipe, key: Key[Array, ""]) -> Cond:
-    """The conditions of an iteration."""
+    """Draw the conditions of an iteration."""
     return recipe.conditions(key)
 
 
 def sample(recipe: Recipe, fixed: Any, key: Key[Array, ""], params: Params, cond: Cond, part: Any) -> tuple[Trajectory, Cond]:
-    """Paths of one part, and their conditions."""
+    """Sample the paths of one part; returns them with their conditions."""
     size = recipe.paths_of_a_part
     keys = sample_keys(key, size, part * size)
     cond = recipe.divided(jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, part * size, size), cond), 0)
@@ -57,14 +60,14 @@ def sample(recipe: Recipe, fixed: Any, key: Key[Array, ""], params: Params, cond
 
 
 def annotate(recipe: Recipe, fixed: Any, params: Params, reference: Params, path: Trajectory, cond: Cond) -> Annotated:
-    """Old and reference actions of one part, what they cost, and estimates of the final state; what nothing reads is not kept."""
+    """Compute old and reference actions, penalties, log-ratios and x0 predictions of one part. Fields that nothing reads are dropped."""
     sampler, objective, value = recipe.bound(fixed, 0.0).sampler, recipe.objective, recipe.critic.value
     a_old, a_ref = (path_actions(sampler.control, p, path, cond) for p in (params, reference))
     x_hat = x0_predictions = None
     if value.uses_reward:
         guide, action = (params, a_old) if recipe.denoise_with_policy else (reference, a_ref)
-        transitions = (path.t[:-1], path.x[:-1], action)
-        x_hat = jax.lax.map(lambda row: objective.x0_prediction(sampler, guide, *row, cond), transitions)
+        times = (path.t[:-1], path.x[:-1], action)
+        x_hat = jax.lax.map(lambda at_time: objective.x0_prediction(sampler, guide, *at_time, cond), times)
         n, size = x_hat.shape[:2]
         by_path = jnp.swapaxes(x_hat, 0, 1).reshape((size * n,) + x_hat.shape[2:])
         x0_predictions = by_path, jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cond)
@@ -76,16 +79,20 @@ def annotate(recipe: Recipe, fixed: Any, params: Params, reference: Params, path
 
 
 def reward(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
-    """A part with its rewards, and the terms that they are sums of. Not a program: a reward may run on the host."""
+    """Compute the rewards of one part, and the terms of a weighted sum. Not a compiled program: a reward may run on the host."""
     reward_fn: Reward = recipe.bound(fixed, 0.0).reward
     paths, ends, x0_predictions = _recorded(recipe, path, annotated)
-    r, terms = evaluate_parts(reward_fn, ends, paths.cond)
-    r_hat = None if x0_predictions is None else evaluate(reward_fn, *x0_predictions).reshape(-1, recipe.objective.intervals).T
+    r, terms = compute_reward_terms(reward_fn, ends, paths.cond)
+    r_hat = (
+        None
+        if x0_predictions is None
+        else compute_rewards(reward_fn, *x0_predictions).reshape(-1, recipe.objective.intervals).T
+    )
     return paths._replace(reward=r, r_hat=r_hat), terms
 
 
 def reward_shapes(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annotated) -> tuple[Rollout, dict[str, Any]]:
-    """Shapes of what `reward` returns, for shapes."""
+    """The shapes that `reward` returns, from the shapes of its arguments."""
     paths, ends, x0_predictions = _recorded(recipe, path, annotated)
     r = jax.ShapeDtypeStruct(ends.shape[:1], ends.dtype)
     r_hat = None if x0_predictions is None else jax.ShapeDtypeStruct(paths.penalty.shape, ends.dtype)
@@ -93,24 +100,24 @@ def reward_shapes(recipe: Recipe, fixed: Any, path: Trajectory, annotated: Annot
 
 
 def _recorded(recipe: Recipe, path: Trajectory, annotated: Annotated) -> Annotated:
-    """With the states, and with the noise where something reads it."""
+    """Fill in the states, and the noise if something reads it."""
     noise = path.noise if "noise" in recipe.declared else None
     return annotated._replace(paths=annotated.paths._replace(t=path.t, x=path.x, noise=noise))
 
 
 def join(recipe: Recipe, parts: list[Rollout], terms: list[dict[str, Any]]) -> tuple[Rollout, dict[str, Any]]:
-    """The paths of an iteration and the terms of their rewards, from those of its parts."""
+    """Join the parts: all paths of an iteration, and the terms of their rewards."""
     whole = over_paths(lambda axis, *v: jnp.concatenate(v, axis), *parts)
     return whole, jax.tree.map(lambda *v: jnp.concatenate(v), *terms)
 
 
 def remember(recipe: Recipe, key: Key[Array, ""], buffer: Any, fresh: Rollout) -> tuple[Any, Rollout]:
-    """The buffer with the fresh paths, and the paths to train on."""
+    """Store the fresh paths; returns the new buffer and the paths to train on."""
     return recipe.behaviour.update(key, buffer, fresh)
 
 
 def empty_buffer(recipe: Recipe) -> Any:
-    """A replay buffer without paths, for paths with the fields that the recipe's parts read."""
+    """An empty replay buffer for paths with the fields that the recipe's parts read."""
     sampler, training = recipe.objective.sampler, recipe.training
     ts, n, b = sampler.ts, recipe.objective.intervals, training.batch
 

@@ -1,4 +1,4 @@
-"""Algorithms from parts: every algorithm is a recipe for the one iteration of `iteration.iterate`."""
+"""Composes algorithms from parts. Every algorithm is a recipe for the same iteration, `iteration.iterate`."""
 
 from typing import Any
 
@@ -30,16 +30,16 @@ def compose(
     r"""An algorithm from its parts.
 
     Args:
-        objective: what is maximised, on which chain.
-        estimator: how the policy's gradient is estimated.
-        critic: what a state is worth, and what it is learned from.
+        objective: the objective, which is defined on the chain of its sampler.
+        estimator: the estimator of the policy gradient.
+        critic: the value of a state, and how it is learned.
         training: batch, passes, optimisers and trust region.
-        behaviour: whose paths are trained on (default: the policy's own, `OnPolicy()`).
-        denoise_with_policy: `x_hat` of the value from the policy's score instead of the reference's. A posterior mean divides
-            the score by `alpha`: near the noise end a slight change of the policy moves its `x_hat` without bound.
+        behaviour: the paths to train on (default: the policy's own, `OnPolicy()`).
+        denoise_with_policy: compute `x_hat` of the value from the policy's score, not from the reference's. A posterior mean divides
+            the score by `alpha`. Near the noise end a slight change of the policy therefore moves its `x_hat` without bound.
 
     Raises:
-        ValueError: parts that do not go together, by name.
+        ValueError: if parts do not go together; the message names them.
     """
     recipe = Recipe(objective, estimator, critic, training, behaviour or OnPolicy(), denoise_with_policy)
     recipe.check()
@@ -64,15 +64,15 @@ def compose(
 
 
 def _check_value_params(recipe: Recipe, value_params: Any) -> None:
-    """A value that could not learn is refused: it would stay as it is without a word."""
+    """Refuse parameters of a value that no optimiser changes, and a value optimiser without parameters."""
     value, given = type(recipe.critic.value).__name__, bool(jax.tree.leaves(value_params))
     if recipe.critic.learns and recipe.training.value is None and given:
         raise ValueError(
             f"Training(value=None): the parameters of {value} would never be learned. Give an optimiser, such as "
-            "Training(value=optax.adam(1e-3)), or say that they are not to change: Critic(..., frozen=True)."
+            "Training(value=optax.adam(1e-3)), or keep them fixed on purpose: Critic(..., frozen=True)."
         )
     if recipe.learns_value and not given:
         raise ValueError(
-            f"value_params is empty, and Training(value=...) is to learn those of {value}: call init(params, value_params), or "
+            f"value_params is empty, but Training(value=...) is to learn the parameters of {value}: call init(params, value_params), or "
             "wrap a value without parameters in ctrl_diffusion.GivenValue."
         )

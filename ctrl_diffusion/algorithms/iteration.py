@@ -1,6 +1,6 @@
-"""The order of an iteration, written once. What calls its programs decides whether they run, are lowered or are timed.
+"""The order of an iteration, written once. The argument `call` decides whether its programs are run, lowered or timed.
 
-split -> draw -> (sample -> annotate -> reward) per part -> join -> remember -> summarise -> prepare
+split_keys -> draw -> (sample -> annotate -> reward) per part -> join -> remember -> summarise -> prepare
       -> (shuffle -> (select -> update) per minibatch, or sweep) per epoch -> finish
 """
 
@@ -13,13 +13,13 @@ from .recipe import Recipe
 from .training import Info, Learned, State
 
 Call = Callable[..., Any]
-"""`call(name, *arguments)`: the results of the program of this name, or what stands for them."""
+"""`call(name, *arguments)`: the results of the program `name`, or their shapes."""
 
 
 def iterate(call: Call, recipe: Recipe, fixed: Any, key: Any, state: State) -> tuple[State, Info]:
-    """One iteration of the algorithm that `recipe` describes; `fixed` are the arrays of its control and reward."""
-    keys = call("split", key)
-    fresh, terms, cond = collect(call, recipe, fixed, keys, state)
+    """One iteration of the algorithm that `recipe` describes; `fixed` holds the arrays of its control and reward."""
+    keys = call("split_keys", key)
+    fresh, terms, cond = collect_paths(call, recipe, fixed, keys, state)
     kl_weight, ends, shown = call("summarise", state.kl_weight, fresh, terms)
     buffer, rollout = call("remember", keys.replay, state.buffer, fresh)
     rewards = fresh.reward
@@ -37,10 +37,11 @@ def iterate(call: Call, recipe: Recipe, fixed: Any, key: Any, state: State) -> t
     return State(learned, state.reference, buffer, kl_weight), Info(metrics, ends, rewards, cond)
 
 
-def collect(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) -> tuple[Any, Any, Any]:
-    """Paths of an iteration with their rewards, the terms of these, and the conditions.
+def collect_paths(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) -> tuple[Any, Any, Any]:
+    """Paths of an iteration with their rewards, the terms of the rewards, and the conditions.
 
-    All parts are sampled before the first is rewarded: while a reward on the host judges one, the devices are busy with the next.
+    All parts are sampled before the first reward is computed: while the host computes the rewards of one part, the devices sample the
+    next.
     """
     behaviour = recipe.behaviour.policy(state.params, state.reference)
     cond = call("draw", keys.conditions)
@@ -56,7 +57,7 @@ def collect(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State) ->
 
 
 def train(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State, transitions: Any) -> tuple[Learned, list[Any]]:
-    """All passes over the transitions; metrics of every update (of a pass in one program: of its first and last)."""
+    """All passes over the transitions; returns metrics of every update. A pass in one program gives those of its first and last."""
     learned, history = state.learned, []
     for key in keys.shuffles:
         order = call("shuffle", key)
@@ -68,7 +69,7 @@ def train(call: Call, recipe: Recipe, fixed: Any, keys: Keys, state: State, tran
 def one_pass(
     call: Call, recipe: Recipe, fixed: Any, learned: Learned, state: State, transitions: Any, order: Any
 ) -> tuple[Learned, list[Any]]:
-    """The updates of one pass, of `learned`, which they consume; `state` has the reference and the temperature."""
+    """The updates of one pass. They consume `learned`; `state` has the reference and the temperature."""
     if recipe.training.scan_minibatches:
         return call("sweep", learned, fixed, state.reference, state.kl_weight, transitions, order)
     history = []

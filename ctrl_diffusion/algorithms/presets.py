@@ -1,6 +1,6 @@
-r"""Algorithms of the literature as settings of one objective: each preset is a choice of critic, estimator, states and weights.
+r"""Algorithms of the literature. Each preset is a choice of critic, estimator, states and weights for the same objective.
 
-Everything is a call of `compose`; read a preset as the definition of the algorithm, and write your own the same way. All of them
+Every preset is one call of `compose`. Read it as the definition of the algorithm, and write your own in the same way. All of them
 sum log-densities and KL over state dimensions, and penalise the path KL in nats (`conversions` translates published constants).
 """
 
@@ -31,7 +31,7 @@ from .training import Algorithm, Training
 
 INFINITE = float("inf")
 SQDF_DISCOUNT = discount_per_step(0.9)
-"""As published, whatever the number of steps."""
+"""The published discount per step. It does not adapt to the number of steps."""
 
 
 def score_as_action(
@@ -46,19 +46,20 @@ def score_as_action(
     max_advantage: float = INFINITE,
     denoise_with_policy: bool = False,
 ) -> Algorithm:
-    r"""Score as Action: continuous-time PPO (or TRPO) with increments of a learned value as advantages.
+    r"""Score as Action: continuous-time PPO (or TRPO). Advantages are increments of a learned value.
 
     `sum_j E[min(rho_j A_j, clip(rho_j) A_j)] - lambda sum_j E[kl_j]`, `A_j = V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - lambda kl_j`; the
     value is regressed on the return to go at all times. TRPO is `Training(policy=NaturalGradient(radius), ...)`.
 
     Args:
+        objective, value, training: see `compose`; the value is learned, so `training.value` is an optimiser.
         clip: the likelihood ratio is clipped to `1 +- clip`; inf is no clipping. Log-densities are *summed* over state
-            dimensions, so usual values (0.1 to 0.3) apply, unlike in codes that average them.
-        horizon: decay time of the advantages, control time (`objective.advantages`); 0, as published: single increments.
-        target: of the value. `returns`, as published, has another fixed point than the maximiser of J when `kl_weight > 0`; the
-            advantages pay the KL of their interval exactly if the target does.
-        normalise: `standardise_per_time` as published, or `centre`, or None. Dividing changes the penalty relative to the reward.
-        max_advantage: clamp of the advantages' magnitude, after normalisation (published: 5).
+            dimensions, so usual values (0.1 to 0.3) apply. They do not in code that averages log-densities.
+        horizon: decay time of the advantages, control time (`advantages.advantages`); 0, as published: single increments.
+        target: the regression target of the value. With the published `returns` and `kl_weight > 0` the fixed point is not the
+            maximiser of J. The advantages include the KL of their interval if and only if the target does.
+        normalise: `standardise_per_time` as published, or `centre`, or None. Dividing changes the KL penalty relative to the reward.
+        max_advantage: largest magnitude of an advantage, after normalisation (published: 5).
         denoise_with_policy: see `compose`.
 
     Deviations from the paper at the defaults: KL-to-go in the target; no standardisation and no clamp; log-ratios summed;
@@ -79,9 +80,9 @@ def score_as_action(
 def ddpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algorithm:
     r"""DDPO, importance-sampled: `sum_j min(rho_j A, clip(rho_j) A)` with `A = (r - mean r) / std r`; use `kl_weight = 0`.
 
-    The objective `E r` has no maximiser in general: read its reward against its path KL. Black et al. 2024, section 4.3;
-    log-ratios are summed over state dimensions (their code averages them), and the statistics are those of the batch, or
-    under conditions of its paths of the same prompt (their code keeps them over iterations).
+    The objective `E r` has no maximiser in general: read its reward against its path KL. Black et al. 2024, section 4.3. Deviations:
+    log-ratios are summed over state dimensions (their code averages them). Mean and standard deviation are over the batch, or with
+    conditions over its paths of the same prompt (their code keeps them over iterations).
 
     ??? cite "Reference"
         ```bibtex
@@ -94,10 +95,10 @@ def ddpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algor
 
 
 def dpok(objective: Objective, training: Training, *, clip: Clip = INFINITE) -> Algorithm:
-    r"""DPOK: likelihood ratio of the return, with the path KL penalised: `A_j = r - lambda sum_{l >= j} kl_l`, less its batch mean.
+    r"""DPOK: likelihood ratio of the return with a KL penalty: `A_j = r - lambda sum_{l >= j} kl_l`, less its batch mean.
 
-    Fan et al. 2023, algorithm 1. Their gradient leaves out the KL of later steps, `kl_l` for `l > j`; it is part of the return
-    here, as the maximiser of J needs. The baseline is the mean over the batch instead of a learned one.
+    Fan et al. 2023, algorithm 1. Deviations: the return includes the KL of later steps, `kl_l` for `l > j`, which their gradient leaves
+    out; without it the fixed point is not the maximiser of J. The baseline is the batch mean and not a learned one.
 
     ??? cite "Reference"
         ```bibtex
@@ -110,11 +111,11 @@ def dpok(objective: Objective, training: Training, *, clip: Clip = INFINITE) -> 
 
 
 def flow_grpo(objective: Objective, training: Training, *, clip: Clip = 0.2) -> Algorithm:
-    r"""Flow-GRPO: `A = (r - mean r) / std r` within a group, clipped ratio, and the KL of each step as a penalty of its own.
+    r"""Flow-GRPO: `A = (r - mean r) / std r` within a group, a clipped ratio, and a separate KL penalty for each step.
 
-    Liu et al. 2025, eq. 5 and 6. The group is the batch, or under conditions its paths of the same prompt; the KL enters by its own
-    gradient only and not through the advantages, so that with `kl_weight > 0` its fixed point is not the maximiser of J. Dividing by
-    the standard deviation makes the effective temperature `kl_weight std(r)`.
+    Liu et al. 2025, eq. 5 and 6. The group is the batch, or with conditions its paths of the same prompt. The KL enters by its own
+    gradient only and not through the advantages, so with `kl_weight > 0` the fixed point is not the maximiser of J. Dividing by the
+    standard deviation makes the effective temperature `kl_weight std(r)`.
 
     ??? cite "Reference"
         ```bibtex
@@ -137,13 +138,19 @@ def vard(
     steps: int = 1,
     frozen: bool = False,
 ) -> Algorithm:
-    r"""VARD: a learned value of intermediate states, and the gradient through one step of the sampler into it.
+    r"""VARD: a learned value of intermediate states; the policy gradient is differentiated through one sampler step into it.
 
-    A reconstruction, since the paper's loss is not public in code: the value minimises `E (V(t, x_t) - r(X_T))^2`, the policy
-    `E[-V(t', x'(theta)) + lambda kl]` over steps from on-policy states. What the paper leaves open is an argument: the `target` and
-    `loss` (`returns`, `squared_error`: the arithmetic mean, whose fixed point is not J's maximiser; `log_ratio_to_go`,
-    `soft_error`: the soft value, whose fixed point is), the number of `steps`, whether the value sees the noisy or the denoised state
-    (`PlainValue`, `StructuredValue(denoised=...)`), `frozen` or refreshed. A black-box reward needs `PlainValue`.
+    This is a reconstruction, because the paper's code is not public. The value minimises `E (V(t, x_t) - r(X_T))^2`; the policy minimises
+    `E[-V(t', x'(theta)) + lambda kl]` over steps from on-policy states. The paper leaves some choices open; they are arguments here.
+
+    Args:
+        objective, training: see `compose`.
+        value: a `StructuredValue` sees the denoised or the noisy state (`denoised=...`), a `PlainValue` the noisy one. A black-box
+            reward needs `PlainValue`.
+        target, loss: `returns` with `squared_error` learns the arithmetic mean; its fixed point is not J's maximiser.
+            `log_ratio_to_go` with `soft_error` learns the soft value; its fixed point is J's maximiser.
+        steps: sampler steps to differentiate through.
+        frozen: keep the given value; otherwise every iteration trains it, too.
 
     ??? cite "Reference"
         ```bibtex
@@ -164,12 +171,15 @@ def sqdf(
 ) -> Algorithm:
     r"""SQDF: the gradient of the reward of the x0 prediction after one step, discounted, from replayed states.
 
-    `E[-w r(x_hat(t', x'(theta))) + lambda kl]` with the discount `w = 0.9^(steps to go)`. `x_hat` is `Objective(x0_prediction=...)`: the
-    posterior mean, or `few_step_ode(1)` in the place of the paper's consistency model. The discount makes the temperature depend on
-    time, so its fixed point is not `p_ref exp(r/lambda)`. The paper discounts each of its 50 steps. With another number of steps,
-    `estimators.discount_per_time((t1 - t0) / (50 ln(1/0.9)))` discounts as much in the same time. `capacity` paths are kept
-    (default: eight batches), first in first out.
-    `conversions.sqdf_kl_weight` translates the paper's alpha.
+    The policy minimises `E[-w r(x_hat(t', x'(theta))) + lambda kl]`, with the discount `w = 0.9^(steps to go)`. The discount makes the
+    temperature depend on time, so the fixed point is not `p_ref exp(r/lambda)`. `conversions.sqdf_kl_weight` translates the paper's alpha.
+
+    Args:
+        objective: its `x0_prediction` makes `x_hat`: the posterior mean, or `few_step_ode(1)` in place of the paper's consistency model.
+        training: see `compose`.
+        discount: the weights `w`. The default discounts every step, as the paper does with its 50 steps. For another number of steps
+            `estimators.discount_per_time((t1 - t0) / (50 ln(1/0.9)))` discounts the same per unit of time.
+        capacity: paths in the replay buffer, first in first out (default: eight batches).
 
     ??? cite "Reference"
         ```bibtex
@@ -184,7 +194,8 @@ def sqdf(
 def draft(objective: Objective, training: Training, *, steps: int | None = None, small_memory: bool = False) -> Algorithm:
     r"""DRaFT-K: `-E r(X_T)` differentiated through the last `steps` steps of the sampler; `None`: through all of them (DRaFT).
 
-    Clark et al. 2024, algorithm 1. Published without a penalty (`kl_weight = 0`); with one, the KL of these steps is charged.
+    Clark et al. 2024, algorithm 1. The paper has no KL penalty (`kl_weight = 0`); with one, the KL of these steps is penalised.
+    `small_memory` recomputes steps in the backward pass (`estimators.Pathwise`).
 
     ??? cite "Reference"
         ```bibtex
@@ -198,9 +209,9 @@ def draft(objective: Objective, training: Training, *, steps: int | None = None,
 
 
 def alignprop(objective: Objective, training: Training) -> Algorithm:
-    r"""AlignProp: DRaFT through the whole chain, with steps recomputed to save memory.
+    r"""AlignProp: DRaFT through the whole chain, in small memory: steps are recomputed in the backward pass.
 
-    Prabhudesai et al. 2023. Their random truncation of the chain is left out: `draft(steps=K)` truncates at a fixed K.
+    Prabhudesai et al. 2023. Deviation: the chain is not truncated at random; `draft(steps=K)` truncates it at a fixed K.
 
     ??? cite "Reference"
         ```bibtex
@@ -215,7 +226,7 @@ def alignprop(objective: Objective, training: Training) -> Algorithm:
 def refl(objective: Objective, training: Training, *, fraction: float = 0.25) -> Algorithm:
     r"""ReFL: the reward of the policy's own posterior mean at a late time, `-E r(x_hat_theta(t_j, x_j))`, `t_j` in the last `fraction`.
 
-    Xu et al. 2023, algorithm 1. All late times are used instead of one at random; their reward map (a ReLU) is left out.
+    Xu et al. 2023, algorithm 1. Deviations: all late times are used instead of a random one; their reward map (a ReLU) is left out.
 
     ??? cite "Reference"
         ```bibtex
@@ -230,9 +241,9 @@ def refl(objective: Objective, training: Training, *, fraction: float = 0.25) ->
 def adjoint_matching(objective: Objective, training: Training, *, horizon: float = INFINITE) -> Algorithm:
     r"""Adjoint Matching: the control is regressed on minus the noise level times the lean adjoint along its own paths.
 
-    `E sum_j |u_theta + sigma a_{j+1}|^2 / 2`; Domingo-Enrich et al. 2025, eq. 37 to 39. Needs a differentiable reward and `eta = 1`
-    for the optimum to be the reweighted law. The adjoint is that of the chain's own steps (the paper: an Euler step), and the
-    adjoint at the end of a step is used, which is exact for the chain. All steps are used, and none is clipped. A finite `horizon`
+    It minimises `E sum_j |u_theta + sigma a_{j+1}|^2 / 2`; Domingo-Enrich et al. 2025, eq. 37 to 39. The reward must be differentiable.
+    With `eta = 1` the optimum is the reweighted law. Deviations: the adjoint belongs to the chain's own steps (the paper: an Euler step)
+    and is taken at the end of a step, which is exact for the chain; all steps are used, and none is clipped. A finite `horizon`
     (control time) bootstraps the adjoint from the policy itself: the same fixed point with less noise (`estimators.LeanAdjoint`).
 
     ??? cite "Reference"
@@ -248,8 +259,8 @@ def adjoint_matching(objective: Objective, training: Training, *, horizon: float
 def rwr(objective: Objective, training: Training) -> Algorithm:
     r"""Reward-weighted regression: maximum likelihood on the reference's paths, weighted with `exp(r / lambda)`.
 
-    Peters and Schaal 2007; Lee et al. 2023 for diffusion. In one stage (states of the reference, as here) the fixed point is the optimal
-    policy; repeated on the policy's own paths the temperature would fall with every repetition.
+    Peters and Schaal 2007; Lee et al. 2023 for diffusion. States are always those of the reference, so the fixed point is the optimal
+    policy. On the policy's own paths, the temperature would fall with every repetition.
 
     ??? cite "Reference"
         ```bibtex
@@ -262,10 +273,10 @@ def rwr(objective: Objective, training: Training) -> Algorithm:
 
 
 def vidd(objective: Objective, training: Training) -> Algorithm:
-    r"""VIDD: distil the soft-optimal step of an approximate value, weights `exp((r(x_hat(t', x')) - r(x_hat(t, x))) / lambda)`.
+    r"""VIDD: distils the soft-optimal step of an approximate value, by weights `exp((r(x_hat(t', x')) - r(x_hat(t, x))) / lambda)`.
 
-    Su et al. 2025: forward KL to `p_ref(x' | x) exp(V(t', x') / lambda)`, with the posterior mean's reward as value. Roll-in is by the
-    reference here, so the weights need no likelihood ratio; the paper mixes in the policy's own states.
+    Su et al. 2025: the forward KL to `p_ref(x' | x) exp(V(t', x') / lambda)`, with the reward of the posterior mean as value. Deviation:
+    all states are the reference's, so the weights need no likelihood ratio; the paper mixes in the policy's own states.
 
     ??? cite "Reference"
         ```bibtex
@@ -280,7 +291,7 @@ def vidd(objective: Objective, training: Training) -> Algorithm:
 def log_variance(objective: Objective, training: Training) -> Algorithm:
     r"""Log-variance divergence (VarGrad): `Var(r - costs - lambda log dP^a/dP^ref) / (2 lambda)` over the policy's own paths.
 
-    Nuesken and Richter 2021; Richter and Berner 2024 for sampling. Needs a fixed or a forgotten start.
+    Nuesken and Richter 2021; Richter and Berner 2024 for sampling. The start must be fixed or forgotten (memoryless reference).
 
     ??? cite "Reference"
         ```bibtex
@@ -295,8 +306,8 @@ def log_variance(objective: Objective, training: Training) -> Algorithm:
 def path_consistency(objective: Objective, value: AbstractValue, training: Training, *, span: int | None = None) -> Algorithm:
     r"""Path consistency: the identity of the optimal law on windows of `span` intervals, with a learned soft value.
 
-    Nachum et al. 2017, eq. 13; on the rest of the path (`span=None`) it is the log-variance with a baseline at every state. The value
-    is regressed on the realised `log_ratio_to_go`, which at the optimum has no variance.
+    Nachum et al. 2017, eq. 13. With `span=None` a window is the rest of the path; this is the log-variance with a baseline at every
+    state. The value is regressed on the realised `log_ratio_to_go`, which has no variance at the optimum.
 
     ??? cite "Reference"
         ```bibtex
@@ -310,8 +321,8 @@ def path_consistency(objective: Objective, value: AbstractValue, training: Train
 def nabla_db(objective: Objective, value: AbstractValue, training: Training) -> Algorithm:
     r"""Residual nabla-DB: detailed balance of the optimal law, differentiated in both ends of a step.
 
-    Liu et al. 2025. Deviations: the residual flow's score is the gradient of a scalar (structured) value over lambda; the policy follows
-    the forward residual and the value the reverse one (the paper sums both for both); no clipping of gradients by time.
+    Liu et al. 2025. Deviations: the residual flow's score is the gradient of a scalar (structured) value over lambda. The policy is
+    trained by the forward residual and the value by the reverse one (the paper sums both for both). Gradients are not clipped by time.
 
     ??? cite "Reference"
         ```bibtex
@@ -324,10 +335,10 @@ def nabla_db(objective: Objective, value: AbstractValue, training: Training) -> 
 
 
 def no_critic(objective: Objective) -> Critic:
-    """No value: returns speak for themselves."""
+    """A critic without a value: advantages are returns."""
     return Critic(NoValue(objective.sampler.process.t0, objective.sampler.process.t1))
 
 
 def x0_reward_critic(objective: Objective) -> Critic:
-    """The reward of `objective.x0_prediction`, not learned."""
+    """A critic with the reward of the x0 prediction as value; nothing is learned."""
     return Critic(X0RewardValue(objective.sampler.process.t0, objective.sampler.process.t1))

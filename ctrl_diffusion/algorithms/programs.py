@@ -1,4 +1,4 @@
-"""The programs of an iteration, and three ways to call them: run them, lower them to be looked at, or time them."""
+"""The compiled programs of an iteration, and three ways to call them: to run, to lower (for inspection), or to time them."""
 
 import functools
 import time
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Lowered, Traced
 
 from ..parallel import PARAMETERS, WHOLE, Layout
 from ..process import Params
@@ -21,12 +21,12 @@ from .training import Algorithm, State
 
 
 class Program(NamedTuple):
-    """A compiled function of an iteration, or one that runs on the host.
+    """A function of an iteration, compiled or run on the host.
 
     Attributes:
         run: `run(*arguments) -> results`.
         axes: for every array of the results, the axis that counts samples, `PARAMETERS` or `WHOLE`; a prefix of their tree.
-        shapes: what stands for `run` where arguments are shapes; `None` for a compiled function, which JAX can evaluate on shapes.
+        shapes: replaces `run` if the arguments are shapes; `None` for a compiled function, which JAX evaluates on shapes itself.
     """
 
     run: Callable[..., Any]
@@ -49,7 +49,7 @@ def make_programs(recipe: Recipe) -> dict[str, Program]:
     waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]
     on_host = (functools.partial(f, recipe) for f in (collect.reward, collect.reward_shapes))
     return {
-        "split": program(collect.split, WHOLE),
+        "split_keys": program(collect.split_keys, WHOLE),
         "draw": program(collect.draw, 0),
         "sample": program(collect.sample, (path, 0)),
         "annotate": program(collect.annotate, waiting),
@@ -67,23 +67,28 @@ def make_programs(recipe: Recipe) -> dict[str, Program]:
 
 
 def state_axes(recipe: Recipe) -> State:
-    """How a `State` is divided."""
+    """How the arrays of a `State` are divided over devices."""
     return State(PARAMETERS, PARAMETERS, recipe.behaviour.axes, WHOLE)  # pyright: ignore[reportArgumentType]
 
 
 def running(programs: dict[str, Program], layout: Layout) -> Callable[..., Any]:
-    """The call that runs programs."""
+    """A `call` that runs the programs."""
     return lambda name, *arguments: layout.paced(programs[name].run(*arguments))
 
 
 class LoweredProgram(NamedTuple):
-    """A program as the compiler is given it, and how often an iteration calls it."""
+    """A program traced for its arguments, and the number of times that an iteration calls it. It is lowered when that is asked for."""
 
-    lowered: Lowered
+    traced: Traced
     calls: int
 
+    @property
+    def lowered(self) -> Lowered:
+        """The compiler's input."""
+        return self.traced.lower()
+
     def as_text(self) -> str:
-        """The program as the compiler is given it."""
+        """The text of the lowered program."""
         return self.lowered.as_text()
 
     def compile(self, options: Any = None) -> Compiled:
@@ -92,15 +97,16 @@ class LoweredProgram(NamedTuple):
 
 
 def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> dict[str, LoweredProgram]:
-    """Every compiled program that an iteration calls, lowered for the arguments that it has in `algorithm.step`.
+    """Trace every compiled program that an iteration calls, for the arguments that it has in `algorithm.step`, to be lowered.
 
-    The devices of `Training.layout` may be described only (a TPU topology), and the parameters, as for `algorithm.init`, be shapes.
+    The devices of `Training.layout` may be a description only (a TPU topology). The parameters are those of `algorithm.init`; they may be
+    shapes.
     """
     recipe, layout = algorithm.recipe, algorithm.recipe.layout
     state = layout.described(state_axes(recipe), jax.eval_shape(algorithm.init, params, value_params))
     key = layout.described(WHOLE, jax.eval_shape(lambda: jax.random.key(0)))
     fixed = layout.described(PARAMETERS, algorithm.fixed)
-    lowered: dict[str, Lowered] = {}
+    traced: dict[str, Traced] = {}
     results: dict[str, Any] = {}
     calls: dict[str, int] = {}
 
@@ -109,16 +115,16 @@ def lower(algorithm: Algorithm, params: Params, value_params: Params = ()) -> di
         calls[name] = calls.get(name, 0) + 1
         if name not in results:
             if program.shapes is None:
-                lowered[name] = program.run.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
+                traced[name] = program.run.trace(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
             results[name] = layout.described(program.axes, jax.eval_shape(program.shapes or program.run, *arguments))
         return results[name]
 
     iterate(call, recipe, fixed, key, state)
-    return {name: LoweredProgram(found, calls[name]) for name, found in lowered.items()}
+    return {name: LoweredProgram(found, calls[name]) for name, found in traced.items()}
 
 
 class Timed(NamedTuple):
-    """The first call of a program: its arguments, its results, and the seconds of every call until the results were there."""
+    """Arguments and results of the first call of a program, and the seconds that every call took until its results were computed."""
 
     arguments: tuple[Any, ...]
     results: Any
@@ -126,9 +132,9 @@ class Timed(NamedTuple):
 
 
 def timed(algorithm: Algorithm, key: Any, state: State) -> dict[str, Timed]:
-    """Every program that an iteration calls, with how long it took; run an iteration before, so that none is compiled here.
+    """Time every program that an iteration calls. Run an iteration before, so that compilation is not timed.
 
-    Arguments are recorded as copies: later programs take over the memory of some.
+    Recorded arguments are copies, because later programs reuse the memory of some of them.
     """
     found: dict[str, Timed] = {}
 

@@ -1,4 +1,4 @@
-"""What an algorithm is composed of, checked, and the numbers that follow from it."""
+"""The parts of an algorithm, their checks, and the numbers that follow from them."""
 
 from typing import Any, NamedTuple
 
@@ -18,16 +18,7 @@ from .training import Training
 
 
 class Recipe(NamedTuple):
-    """The parts of an algorithm. Every function of an iteration is given them first.
-
-    Attributes:
-        objective: what is maximised, on which chain.
-        estimator: of the policy's gradient.
-        critic: what a state is worth.
-        training: batch, passes, optimisers.
-        behaviour: whose paths are trained on.
-        denoise_with_policy: see `compose`.
-    """
+    """The parts of an algorithm, the first argument of every function of an iteration. `compose` says what each part is."""
 
     objective: Objective
     estimator: AbstractEstimator
@@ -43,13 +34,13 @@ class Recipe(NamedTuple):
 
     @property
     def trust_region(self) -> AbstractTrustRegion:
-        """How the policy moves."""
+        """How the policy is updated: `Training.policy`, or the first-order optimiser in it."""
         policy = self.training.policy
         return policy if isinstance(policy, AbstractTrustRegion) else FirstOrder(policy)
 
     @property
     def starts(self) -> np.ndarray:
-        """The control intervals that transitions are made of."""
+        """The control intervals that transitions are taken from."""
         return self.estimator.starts(self.objective)
 
     @property
@@ -65,26 +56,26 @@ class Recipe(NamedTuple):
 
     @property
     def transitions_of_a_path(self) -> int:
-        """Transitions that a path makes (times), where whole paths are not transitions themselves."""
+        """Transitions per path, for estimators that do not train on whole paths."""
         return len(self.starts) if self.training.times is None else self.training.times.number
 
     @property
     def transitions(self) -> int:
-        """Transitions of an iteration."""
+        """Transitions per iteration; whole paths count as one each."""
         return self.training.batch * (1 if self.estimator.whole_paths else self.transitions_of_a_path)
 
     @property
     def transitions_of_a_minibatch(self) -> int:
-        """Transitions of an update."""
+        """Transitions per update."""
         return self.transitions // self.training.minibatches
 
     @property
     def paths_of_a_part(self) -> int:
-        """Paths that are sampled at a time."""
+        """Paths that are sampled at a time, `batch / rollouts`."""
         return self.training.batch // self.training.rollouts
 
     def divided(self, tree: Any, axis: int) -> Any:
-        """Inside a program: over the devices, by samples."""
+        """Divide arrays inside a program over the devices; `axis` counts samples."""
         return self.layout.constrain(tree, lambda tree: self.layout.batch(tree, axis))
 
     def conditions(self, key: Any) -> Cond:
@@ -92,25 +83,22 @@ class Recipe(NamedTuple):
         return None if self.objective.conditions is None else self.objective.conditions(key, self.training.batch)
 
     def fixed(self) -> Any:
-        """The arrays that control and reward hold, which nothing changes: arguments of the programs, placed on the devices."""
+        """The arrays inside control and reward, placed on the devices. They are arguments of the programs, and nothing changes them."""
         fixed = _arrays_and_rest(self.objective)[0]
         if any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(fixed)):
             return fixed
         return self.layout.put(fixed, self.layout.parameters)
 
     def bound(self, fixed: Any, kl_weight: Any) -> Objective:
-        """The objective with these arrays and this temperature."""
+        """The objective with the arrays `fixed` and the temperature `kl_weight`."""
         control, reward = eqx.combine(fixed, _arrays_and_rest(self.objective)[1])
         where = (self.layout.gathering(control), reward, kl_weight)
         return eqx.tree_at(lambda o: (o.sampler.control, o.reward, o.kl_weight), self.objective, where)
 
     def calls(self) -> Calls:
-        """What an iteration evaluates, in samples: paths with old and reference actions, the policy target, and the losses."""
-        states, estimator, uses_reward = (
-            self.objective.intervals * self.training.batch,
-            self.estimator,
-            self.critic.value.uses_reward,
-        )
+        """Evaluations in one iteration, in samples: paths with old and reference actions, the policy target, and the losses."""
+        states, uses_reward = self.objective.intervals * self.training.batch, self.critic.value.uses_reward
+        estimator = self.estimator
         policy_target, loss = estimator.policy_target_calls(self.critic), estimator.loss_calls(self.objective, self.critic)
         evaluated = self.trust_region.loss_evaluations(self.transitions, self.training.epochs)
         sampled = self.objective.exploration.substeps_per_interval + 2
@@ -121,7 +109,7 @@ class Recipe(NamedTuple):
         )
 
     def check(self) -> None:
-        """`ValueError` for parts that do not go together, by name and with the remedy."""
+        """Raise `ValueError` if parts do not go together; the message names them and the remedy."""
         training, estimator = self.training, self.estimator
         counts = {"batch": training.batch, "epochs": training.epochs, "rollouts": training.rollouts}
         for name, number in (counts | ({} if training.times is None else {"times.number": training.times.number})).items():
@@ -132,13 +120,17 @@ class Recipe(NamedTuple):
             require_kl_weight(self.objective, "the soft error of a value")
         if training.kl_target is not None:
             training.kl_target.check()
-            require_kl_weight(self.objective, f"kl_target={training.kl_target}, a temperature that follows a target,")
+            if not self.objective.penalised:
+                raise ValueError(
+                    f"kl_weight={self.objective.kl_weight:g}: kl_target={training.kl_target} scales it from iteration to iteration and "
+                    "cannot start at 0: give Objective a positive kl_weight."
+                )
         if training.times is not None and estimator.whole_paths:
             raise ValueError(f"times={training.times}: {type(estimator).__name__} is trained on whole paths; use times=None.")
         self._check_divisions()
 
     def _check_divisions(self) -> None:
-        """Minibatches, rollouts, microbatches and devices must divide what they divide."""
+        """Raise `ValueError` if minibatches, rollouts, microbatches or devices do not divide their numbers evenly."""
         training, layout, batch, parts = self.training, self.layout, self.training.batch, self.training.accumulation
         if training.minibatches < 1 or self.transitions % training.minibatches:
             drawn = "intervals" if training.times is None else "times.number"
@@ -157,7 +149,7 @@ class Recipe(NamedTuple):
             raise ValueError(f"accumulation={parts} must divide the transitions of a minibatch, {transitions}.")
         if parts > 1 and self.trust_region.once and not self.estimator.is_mean:
             raise ValueError(
-                f"accumulation={parts}: a natural gradient needs a loss that is a mean over transitions, and that of "
+                f"accumulation={parts}: a natural gradient needs a loss that is a mean over transitions, but the loss of "
                 f"{type(self.estimator).__name__} is a statistic of a whole minibatch; use accumulation=1."
             )
 

@@ -1,4 +1,4 @@
-"""What an algorithm is made with and what it is: settings of training, its state, its programs."""
+"""The settings of an algorithm (`Training`), its state (`State`), its results (`Info`), and the algorithm itself (`Algorithm`)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ..trust import AbstractTrustRegion
 
 
 class Learned(NamedTuple):
-    """What updates change: parameters of policy and value, the states of their optimisers, and a running average of the policy's."""
+    """Everything that updates change: parameters of policy and value, states of both optimisers, the policy's running average."""
 
     params: Params
     value_params: Params
@@ -27,12 +27,12 @@ class Learned(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything a resume needs.
+    """The state of an algorithm: everything that a resume needs.
 
     Attributes:
-        learned: what updates change.
-        reference: parameters of the reference.
-        buffer: paths of earlier iterations, for a replay buffer.
+        learned: everything that updates change.
+        reference: parameters of the reference policy.
+        buffer: paths of earlier iterations, if there is a replay buffer.
         kl_weight: the temperature lambda, reward units per nat of path KL.
     """
 
@@ -56,12 +56,12 @@ class State(NamedTuple):
 
     @property
     def average(self) -> Params:
-        """The running average of the policy's parameters; `()` where none is kept."""
+        """The running average of the policy's parameters; `()` if none is kept."""
         return self.learned.average
 
 
 class Info(NamedTuple):
-    """What one iteration showed: scalar metrics, and the final states with their rewards and conditions."""
+    """Results of one iteration: scalar metrics, and the final states with their rewards and conditions."""
 
     metrics: dict[str, Float[Array, ""]]
     samples: Float[Array, "b *x"]
@@ -70,20 +70,20 @@ class Info(NamedTuple):
 
 
 class TimeSampling(NamedTuple):
-    """A few times of every path, drawn anew for each path and iteration: less work per path, the same expected gradient.
+    """Trains on a few random times of every path. The work per path is less, and the expected policy gradient is the same.
 
     Attributes:
-        number: transitions per path, drawn with replacement.
-        density: relative frequency of the control intervals, `(left ends of intervals [n]) -> [n]`, positive; a transition counts one over
-            its frequency, so that the density changes the variance of the policy's gradient and not its mean. A critic's regression
-            is on the transitions as they are drawn.
+        number: transitions per path, drawn with replacement, anew in every iteration.
+        density: relative frequency of the control intervals, a positive function `(left ends of intervals [n]) -> [n]`. The policy's loss
+            weighs a transition by one over its frequency, so the density changes the variance of the policy gradient and not its mean.
+            A critic is regressed on the transitions as they are drawn, without these weights.
     """
 
     number: int
     density: Callable[[Float[Array, " n"]], Float[Array, " n"]] = jnp.ones_like
 
     def __call__(self, key: Key[Array, ""], t: Float[Array, " s"], columns: Transitions) -> Transitions:
-        """`[number, b]` of the columns `[s, b, ...]` at times `t`, with their weights."""
+        """Draw `[number, b]` of the transitions `[s, b, ...]` at times `t`, and set their weights."""
         density = self.density(t) / jnp.sum(self.density(t))
         batch = columns.j.shape[1]
         chosen = jax.random.choice(key, len(t), (self.number, batch), p=density)
@@ -92,16 +92,16 @@ class TimeSampling(NamedTuple):
 
 
 class AdaptiveKL(NamedTuple):
-    r"""The temperature follows a target path KL: `lambda <- lambda (1 + rate clip(KL / target - 1, -bound, bound))`.
+    r"""Adapts the KL coefficient towards a target path KL: `lambda <- lambda (1 + rate clip(KL / target - 1, -bound, bound))`.
 
-    After every iteration, `KL` being the mean path KL of its paths to the reference. Ziegler et al. 2019, section 2.2, where `rate` is
-    0.1 and `bound` 0.2. The objective changes with the temperature: compare results at the temperature that a run ends with,
-    `State.kl_weight`.
+    The update is made after every iteration; `KL` is the mean path KL of the iteration's paths to the reference. Ziegler et al. 2019,
+    section 2.2, with `rate` 0.1 and `bound` 0.2. The objective changes with the temperature: compare runs at the temperature that they
+    end with, `State.kl_weight`.
 
     Attributes:
-        target: path KL, nats.
-        rate: relative change per iteration and unit of relative error.
-        bound: of the relative error.
+        target: path KL to aim at, nats.
+        rate: relative change of the temperature per iteration and unit of relative error.
+        bound: largest relative error that counts.
 
     ??? cite "Reference"
         ```bibtex
@@ -121,38 +121,38 @@ class AdaptiveKL(NamedTuple):
         return kl_weight * (1 + self.rate * error)
 
     def check(self) -> None:
-        """`ValueError` for numbers that cannot work."""
+        """Raise `ValueError` if a number is out of its range."""
         if not (0 < self.target < float("inf") and self.rate > 0 and self.bound > 0 and self.rate * self.bound < 1):
             raise ValueError(
                 f"kl_target={self}: target is a path KL in nats and must be positive and finite; rate and bound must be positive, and "
-                "their product below 1, so that the temperature stays positive."
+                "their product below 1, which keeps the temperature positive."
             )
 
 
 class Training(NamedTuple):
-    """How much data an iteration has and how it is used; global numbers.
+    """How many paths an iteration samples, and how policy and value are trained on them. Numbers count over all devices together.
 
     Attributes:
-        policy: how the policy moves: an optax optimiser, or a trust region such as `NaturalGradient(radius)`.
+        policy: the policy's optax optimiser, or a trust region such as `NaturalGradient(radius)`.
         batch: paths per iteration.
         epochs: passes over the transitions of an iteration.
-        minibatches: updates per pass; must divide the number of transitions: `batch * intervals` (or times), `batch` for whole paths.
-        value: optax optimiser of a learned value, on the same transitions; `None`: the value is not changed.
-        rollouts: parts that an iteration's paths are sampled in: while a black-box reward judges one on the host, the devices are busy
-            with the next. The same paths. What networks tell of whole paths (the lean adjoint) is computed for a part at a time too.
-        times: which times of a path make transitions (default: every one that the estimator uses).
-        layout: the devices that share the work (default: one). Results do not depend on it beyond rounding.
-        accumulation: parts that an update's transitions are worked through in, one after the other: less memory, the same gradient.
-            A natural gradient's are all those of an iteration.
-        average: decay per update of a running average of the policy's parameters, `State.average`; `None`: none is kept.
-        stratified: every `minibatches` consecutive transitions (times of a path, then paths) are dealt out, one to each minibatch,
-            instead of all being shuffled. They then stay on their devices, whose exchange otherwise grows with the batch; the
-            expected gradient is the same.
-        scan_minibatches: a pass is one program, a loop over its minibatches, not two per minibatch; the same numbers up to
-            rounding. Temporary memory is then asked for once a pass: a small U-Net's update takes 0.79 of the time on CPUs. But a
-            network whose convolutions are not `ctrl_diffusion.convolution` becomes ten times slower there.
-        kl_target: the temperature follows a target path KL from iteration to iteration, starting from `Objective.kl_weight`; `None`:
-            it stays.
+        minibatches: updates per pass. It must divide the number of transitions, `batch * intervals` (or `batch * times.number`); for
+            estimators of whole paths it must divide `batch`.
+        value: optax optimiser of a learned value, which trains on the same transitions; `None`: the value does not change.
+        times: the times of a path that are trained on (default: all that the estimator uses).
+        rollouts: number of parts in which the paths of an iteration are sampled. While the host computes a black-box reward of one
+            part, the devices sample the next. The paths are the same. Networks on whole paths (the lean adjoint) also run by parts.
+        layout: the devices that share the work (default: one). It changes results by rounding only.
+        accumulation: number of microbatches that an update is computed in, one after the other: less memory, the same gradient.
+            A natural gradient divides all transitions of the iteration in this way.
+        average: decay per update of a running average of the policy's parameters, `State.average`; `None`: no average is kept.
+        stratified: instead of shuffling all transitions, deal every group of `minibatches` consecutive ones (times of a path, then
+            paths) out, one to each minibatch. Transitions then stay on their devices; a shuffle exchanges data that grows with the
+            batch. The expected gradient is the same.
+        scan_minibatches: compile a pass as one program that loops over the minibatches, instead of two programs per minibatch; results
+            are the same up to rounding. Temporary memory is then allocated once per pass: on CPUs a small U-Net's update takes 0.79
+            of the time. There a network with other convolutions than `ctrl_diffusion.convolution` becomes ten times slower.
+        kl_target: adapts the temperature to a target path KL, starting from `Objective.kl_weight`; `None`: the temperature is fixed.
     """
 
     policy: optax.GradientTransformation | AbstractTrustRegion
@@ -171,17 +171,17 @@ class Training(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """`state = init(params, value_params)` (`init(params)` without a learned value); `state, info = step(key, state)`.
+    """A pair of functions: `state = init(params, value_params)` and `state, info = step(key, state)`.
 
-    `step` consumes its state (buffers are donated).
+    Without a learned value, call `init(params)`. `step` donates the buffers of its state: do not use the old state again.
     """
 
     init: Callable[..., State]
     step: Callable[[Key[Array, ""], State], tuple[State, Info]]
     fixed: Any
-    """The arrays that control and reward hold, which nothing changes: arguments of the programs that need them."""
+    """The arrays inside control and reward, which nothing changes. They are arguments of the programs that need them."""
     recipe: Any
-    """What it is composed of, an `algorithms.Recipe`."""
+    """The parts that it is composed of, an `algorithms.recipe.Recipe`."""
     programs: dict[str, Any]
     """The programs of an iteration by name, each a `programs.Program`."""
 
@@ -190,5 +190,5 @@ class Algorithm(NamedTuple):
 
     @property
     def calls(self) -> Calls:
-        """What one iteration evaluates, in samples (a value network not counted)."""
+        """Evaluations of policy, reference and reward in one iteration, in samples; the value network is not counted."""
         return self.recipe.calls()

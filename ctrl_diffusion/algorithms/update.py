@@ -1,4 +1,4 @@
-"""The last part of an iteration: updates of policy and value on minibatches, and on all transitions where a trust region makes one."""
+"""The last part of an iteration: updates of policy and value on minibatches, and the update of a trust region on all transitions."""
 
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ def sweep(
     transitions: Transitions,
     order: Int[Array, "k m"],
 ) -> tuple[Learned, list[Metrics]]:
-    """The updates on all minibatches of a pass, one after the other; metrics of the first and of the last."""
+    """All updates of a pass, one minibatch after the other; returns metrics of the first and of the last."""
 
     def one(learned: Learned, i) -> tuple[Learned, Metrics]:
         some = recipe.divided(select(recipe, transitions, order, i), 0)
@@ -56,7 +56,7 @@ def sweep(
 def finish(
     recipe: Recipe, learned: Learned, fixed: Any, reference: Params, kl_weight: Any, transitions: Transitions
 ) -> tuple[Learned, Metrics]:
-    """The update on all transitions, of a trust region that makes one."""
+    """The update on all transitions, for a trust region that makes one (`once`)."""
     given, objective = (fixed, Models(reference, learned.value_params), kl_weight), recipe.bound(fixed, kl_weight)
     loss = partial(_loss, recipe, given=given)
     parts = recipe.training.accumulation
@@ -67,7 +67,7 @@ def finish(
 def summarise(
     recipe: Recipe, kl_weight: Any, fresh: Rollout, terms: dict[str, Any]
 ) -> tuple[Any, Float[Array, "b *x"], Metrics]:
-    """The temperature of the next iteration, the final states, and what the fresh paths earned and paid; means over paths."""
+    """The temperature of the next iteration, the final states, and mean reward, path KL and objective of the fresh paths."""
     penalty = jnp.sum(fresh.penalty, axis=0)
     gained = fresh.reward - jnp.sum(recipe.objective.costs(fresh), axis=0)
     paid = kl_weight * penalty if recipe.objective.penalised else 0.0
@@ -80,7 +80,7 @@ def summarise(
 
 
 def policy_loss(recipe: Recipe, given: Any) -> Loss:
-    """The estimator's loss `(params, transitions) -> (loss, metrics)` with its gradient in microbatches, reduced once over the devices."""
+    """The estimator's loss `(params, transitions) -> (loss, metrics)`; its gradient is computed in microbatches and reduced once."""
     layout, parts = recipe.layout, recipe.training.accumulation
     if recipe.estimator.is_mean:
         return reduced_once(partial(_loss, recipe), given, layout, parts)
@@ -88,7 +88,7 @@ def policy_loss(recipe: Recipe, given: Any) -> Loss:
         return partial(_loss, recipe, given=given)
 
     def loss(params: Params, transitions: Transitions) -> tuple[Float[Array, ""], Metrics]:
-        """First all residuals, then the gradient of the statistic as that of a mean of residuals, weighted by its derivatives."""
+        """First all residuals; then the gradient of the statistic, as a mean of residuals weighted by its derivatives."""
         residual = each_in_parts(partial(_residual, recipe, params, given), transitions, layout, parts)
         statistic = partial(recipe.estimator.statistic, recipe.bound(given[0], given[2]))
         (value, metrics), slope = jax.value_and_grad(statistic, has_aux=True)(residual, transitions)

@@ -1,4 +1,4 @@
-"""What an estimator of the policy gradient is: which transitions it trains on, what it computes ahead, and its loss."""
+"""The interface of estimators of the policy gradient: transitions to train on, policy targets, and a loss."""
 
 import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Calls(NamedTuple):
-    """Calls on one sample: network forward, network with a derivative, reward with or without derivative."""
+    """Numbers of calls, per sample: network without derivative, network with a derivative, reward with or without derivative."""
 
     network: int = 0
     gradient: int = 0
@@ -30,14 +30,17 @@ class Calls(NamedTuple):
 
 
 class Models(NamedTuple):
-    """Parameters that a policy's loss does not differentiate."""
+    """Parameters of reference and value, which the policy's loss does not differentiate."""
 
     reference: Params
     value: Params
 
 
 class AbstractEstimator(eqx.Module):
-    """Estimates the gradient of `-J` by the gradient of a loss on transitions: (time, sample) pairs `[m]`, or whole paths `[m, n]`."""
+    """Estimates the gradient of `-J` by the gradient of a loss on transitions.
+
+    Transitions are (time, sample) pairs `[m]`, or whole paths `[m, n]` if `whole_paths`.
+    """
 
     whole_paths: AbstractVar[bool]
 
@@ -47,36 +50,36 @@ class AbstractEstimator(eqx.Module):
         return True
 
     def fields(self, objective: Objective) -> Fields:
-        """The state-sized fields that `policy_target` reads of whole paths, and that `loss` and `value_error` read of transitions.
+        """The state-sized fields that `policy_target` reads from whole paths, and that `loss` and `value_error` read from transitions.
 
-        All, unless said otherwise.
+        The default is all of them.
         """
         return EVERY_FIELD
 
     @property
     def policy_target_is_of_paths(self) -> bool:
-        """Whether `policy_target` evaluates networks and treats paths independently, so that it is worth computing for a few at a time."""
+        """Whether `policy_target` evaluates networks and treats paths independently. It is then computed for a few paths at a time."""
         return False
 
     def starts(self, objective: Objective) -> np.ndarray:
-        """The control intervals that transitions are made of (all, unless said otherwise)."""
+        """The control intervals that transitions are taken from; the default is all of them."""
         return np.arange(objective.intervals)
 
     def check(self, objective: Objective, critic: Critic) -> None:
-        """Raise, by name and with a remedy, if the estimator cannot serve this objective and critic."""
+        """Raise `ValueError` if the estimator cannot serve this objective and critic; the message says why and what to do."""
 
     def policy_target(
         self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values: Float[Array, "K b"]
     ) -> Float[Array, "s b ..."] | None:
-        """What is computed once per iteration from whole paths, for the intervals `starts`; `None` where nothing is."""
+        """Quantities that are computed once per iteration from whole paths, for the intervals `starts`; `None` if there are none."""
         return None
 
     def policy_target_calls(self, critic: Critic) -> Calls:
-        """What `policy_target` calls, per recorded state."""
+        """Calls of `policy_target`, per recorded state."""
         return Calls()
 
     def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
-        """What one evaluation of `loss` with its gradient calls, per transition."""
+        """Calls of one evaluation of `loss` with its gradient, per transition."""
         return Calls(gradient=objective.intervals if self.whole_paths else 1)
 
     def value_error(
@@ -89,19 +92,19 @@ class AbstractEstimator(eqx.Module):
         transitions: Transitions,
         largest: Float[Array, ""] | None = None,
     ) -> Float[Array, ""]:
-        """Loss of the value on the same transitions: the critic's, unless the estimator has its own (`largest`: see `Critic`)."""
+        """Loss of the value on the same transitions; the default is the critic's (`largest`: see `Critic.largest_exponent`)."""
         return critic.error(value_params, objective, per_path(transitions)[0] if self.whole_paths else transitions, largest)
 
     def residual(
         self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions
     ) -> Float[Array, " m"]:
-        """One number per transition that a loss which is not a mean is a `statistic` of."""
+        """One number per transition, the argument of `statistic`. Only a loss that is no mean (`is_mean`) has residuals."""
         raise TypeError(f"the loss of {type(self).__name__} is a mean over transitions: it has no residuals.")
 
     def statistic(
         self, objective: Objective, residual: Float[Array, " m"], transitions: Transitions
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss as a function of all residuals of a minibatch."""
+        """The loss as a function of all residuals of a minibatch, for a loss that is no mean."""
         raise TypeError(f"the loss of {type(self).__name__} is a mean over transitions: it has no statistic.")
 
     @abc.abstractmethod
@@ -112,7 +115,7 @@ class AbstractEstimator(eqx.Module):
 
 
 def require_differentiable(objective: Objective, name: str) -> None:
-    """Raise if an estimator that differentiates the reward is given a black box."""
+    """Raise `ValueError` if the reward is a black box; `name` is the part that differentiates it."""
     if not objective.reward.differentiable:
         raise ValueError(
             f"reward={objective.reward.name!r} is a black box, and {name} differentiates it. Wrap a JAX function in "
@@ -122,13 +125,13 @@ def require_differentiable(objective: Objective, name: str) -> None:
 
 
 def require_kl_weight(objective: Objective, name: str) -> None:
-    """Raise if an estimator that divides by the temperature has none."""
+    """Raise `ValueError` if the temperature is 0; `name` is the part that divides by it."""
     if not objective.penalised:
         raise ValueError(f"kl_weight={objective.kl_weight:g}: {name} divides by it and needs a positive temperature.")
 
 
 def per_path(transitions: Transitions) -> tuple[Transitions, Any]:
-    """Transitions of whole paths `[m, n]` as pairs `[m n]`, and the function that brings `[m n, ...]` back to `[m, n, ...]`."""
+    """Transitions of whole paths `[m, n]` as pairs `[m n]`, and the function that reshapes `[m n, ...]` to `[m, n, ...]`."""
     m, n = transitions.j.shape
 
     def fold(v: Float[Array, "..."]) -> Float[Array, "..."]:

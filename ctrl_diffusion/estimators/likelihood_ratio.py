@@ -1,4 +1,4 @@
-r"""Gradients from the likelihood of what was sampled: the reward is a number, and may come from anywhere.
+r"""Gradients from the likelihood ratios of sampled steps. The reward is never differentiated: it may be a black box.
 
     grad J = sum_j E[ grad log pi(x_{j+1} | x_j) A_j ] - lambda sum_j E[ grad kl_j ],    log rho_j = z_j . xi_j - |z_j|^2 / 2,
 
@@ -28,17 +28,17 @@ Weights = Callable[[Objective, Rollout, Float[Array, "K b"]], Float[Array, "n b"
 
 
 class LikelihoodRatio(AbstractEstimator):
-    r"""`sum_j E[min(rho_j A_j, clip(rho_j) A_j)] - lambda sum_j E[price_j]`, `A_j` from value increments.
+    r"""Maximises `sum_j E[min(rho_j A_j, clip(rho_j) A_j)] - lambda sum_j E[penalty_j]`; advantages `A_j` sum value increments.
 
     Args:
-        horizon: decay time of the advantages, control time (`advantages.advantages`): 0 single increments, `inf` returns.
-        clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017), or to `[1 - below, 1 + above]` with a pair; `inf` is no clipping.
+        horizon: decay time of the advantages, control time (`advantages.advantages`): 0 for single increments, `inf` for returns.
+        clip: the ratio is clipped to `1 +- clip` (Schulman et al. 2017), or with a pair to `[1 - below, 1 + above]`; `inf` is no clipping.
         normalise: a function of the advantages `[n, b]` (`advantages.centre`, `standardise_per_time`, ...), or `None`. Dividing
-            them changes the penalty relative to the reward. Where paths have conditions it is given `groups.same_condition` as well.
-        max_advantage: clamp of their magnitude after normalisation.
-        kl_to_go: whether increments pay the KL of their interval, as J does.
+            them changes the KL penalty relative to the reward. With conditions its second argument is `groups.same_condition`.
+        max_advantage: largest magnitude of an advantage after normalisation.
+        kl_to_go: subtract the KL penalty of an interval from its increment, as in J.
         proximal: weight of the KL of each step to the *old* policy, reward units per nat.
-        max_step_kl: transitions whose KL to the old policy exceeds this many nats give no gradient: an exact mask instead of a clip.
+        max_step_kl: a transition whose KL to the old policy exceeds this many nats gives no gradient: a mask instead of a clip.
     """
 
     horizon: float = eqx.field(static=True, default=0.0)
@@ -55,7 +55,7 @@ class LikelihoodRatio(AbstractEstimator):
             "clip": "use inf for no clipping",
             "horizon": "it is a time: use 0 for single increments, inf for Monte Carlo returns",
             "max_advantage": "use inf for no clamp",
-            "proximal": "it is a penalty: use 0 for none",
+            "proximal": "it is a KL coefficient: use 0 for none",
             "max_step_kl": "use inf for no mask",
         }
         for name, remedy in remedies.items():
@@ -99,9 +99,9 @@ class LikelihoodRatio(AbstractEstimator):
 
 
 def exponential_return(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-    """`exp((r - costs) / lambda) dP^ref/dP^old` over its mean, the same at every step: the optimal law's weights, whoever sampled.
+    """`exp((r - costs) / lambda) dP^ref/dP^old` over its mean, the same at every step: weights of the optimal law.
 
-    The mean is over paths of the same condition.
+    They hold for paths of any policy. The mean is over paths of the same condition.
     """
     gained = rollout.reward - jnp.sum(objective.costs(rollout), axis=0)
     total = gained / objective.kl_weight - jnp.sum(rollout.log_ratio, axis=0)
@@ -109,13 +109,17 @@ def exponential_return(objective: Objective, rollout: Rollout, values: Float[Arr
 
 
 def exponential_increment(objective: Objective, rollout: Rollout, values: Float[Array, "K b"]) -> Float[Array, "n b"]:
-    """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean over the paths of the same condition of every step."""
+    """`exp((V(t_{j+1}, x_{j+1}) - V(t_j, x_j) - cost_j) / lambda)` over its mean, at every step over paths of the same condition."""
     gained = value_increments(values, objective.costs(rollout))
     return softmax_within(gained / objective.kl_weight, same_condition(rollout.cond, gained.dtype))
 
 
 class WeightedLikelihood(AbstractEstimator):
-    """`-sum_j E[w_j log pi_theta(x_{j+1} | x_j)]`, weights that favour what went well: maximum likelihood on reweighted paths."""
+    """Minimises `-sum_j E[w_j log pi_theta(x_{j+1} | x_j)]`: maximum likelihood on reweighted paths.
+
+    Args:
+        weights: `w`, a function `(objective, rollout, values) -> [n, b]`: `exponential_return` or `exponential_increment`.
+    """
 
     weights: Weights = eqx.field(static=True, default=exponential_return)
     whole_paths: bool = eqx.field(static=True, default=False, init=False)

@@ -1,8 +1,8 @@
-r"""Gradients by regression: the action is matched to the maximiser of the Hamiltonian that a gradient of the value gives.
+r"""Gradients by regression: the action is matched to the maximiser of the Hamiltonian, computed from a gradient of the value.
 
     a_target(t_j, x_j) = a_ref + w_j std_j^2 / (lambda psi_j) g_j,      loss = lambda sum_j E |scale_j (a_theta - a_target)|^2 / 2,
 
-`g_j` an estimate of `grad V(t_{j+1}, x_{j+1})`; the limit of the factor is `w G^2 / (lambda B)`, which is `w c / (2 lambda k)`.
+`g_j` estimates `grad V(t_{j+1}, x_{j+1})`. For short steps the factor tends to `w G^2 / (lambda B)`, which is `w c / (2 lambda k)`.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ Gradient = Callable[[Objective, Critic, Models, Rollout], Float[Array, "n b *x"]
 class LeanAdjoint(eqx.Module):
     r"""`g_j = a_{j+1}`, with `a_n = grad r(x_n)` and `a_j = D_x(x + reference step)^T b_j - grad f(t_j, x_j) dt_j`.
 
-    The adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"), with the
-    derivative of the step that is made, in place of an Euler step of the adjoint's equation.
+    This is the adjoint of the *reference* chain along the policy's paths: Domingo-Enrich et al. 2025, eq. 38 to 40 ("lean"). Deviation:
+    the derivative is that of the sampler's own step, not an Euler step of the adjoint's equation.
 
-    As published `b_j = a_{j+1}`: no bias, and where paths choose between modes a heavy-tailed noise of many times the signal. With a
-    finite `horizon`, `b_j = (1 - mu_j) h_j + mu_j a_{j+1}`, `mu_j = exp(-dt_j / horizon)`, where `h_j = lambda psi_j / std_j^2
-    (a_old - a_ref)(t_j, x_j)` is what the policy that made the path takes for the mean of `a_{j+1}` given `x_j`: to the adjoint what
-    `LikelihoodRatio(horizon)` is to returns. At the optimum `h_j` is that mean, so the fixed point is the same for every horizon.
+    As published `b_j = a_{j+1}`. It has no bias, but where paths choose between modes its noise is heavy-tailed and many times the mean.
+    A finite `horizon` bootstraps, as `LikelihoodRatio(horizon)` does for returns: `b_j = (1 - mu_j) h_j + mu_j a_{j+1}` with
+    `mu_j = exp(-dt_j / horizon)`. Here `h_j = lambda psi_j / std_j^2 (a_old - a_ref)(t_j, x_j)` is the sampling policy's own estimate of
+    the mean of `a_{j+1}` given `x_j`. At the optimum `h_j` equals that mean, so the fixed point is the same for every horizon.
 
     Args:
         horizon: decay time, control time; `inf` is the published method.
@@ -52,19 +52,19 @@ class LeanAdjoint(eqx.Module):
         if not published:
             expected = (rollout.a_old - rollout.a_ref) / expand(pull_to_action(objective), rollout.a_old)
 
-        def backward(adjoint, row):
-            t, x, phi, psi, h, mean, keep = row
+        def backward(adjoint, at_time):
+            t, x, phi, psi, h, mean, keep = at_time
             _, vjp = jax.vjp(lambda x: phi * x + psi * control(models.reference, t, x, rollout.cond), x)
             cost = jax.grad(lambda x: h * jnp.sum(process.running_cost(t, x)))(x)
             return vjp(adjoint if published else mean + keep * (adjoint - mean))[0] - cost, adjoint
 
         end = jax.grad(lambda x: jnp.sum(objective.reward(x, rollout.cond)))(rollout.x[-1])
-        transitions = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
-        return jax.lax.scan(backward, end, transitions, reverse=True)[1]
+        times = (rollout.t[:-1], rollout.x[:-1], step.phi, step.psi, dt, expected, jnp.exp(-dt / self.horizon))
+        return jax.lax.scan(backward, end, times, reverse=True)[1]
 
 
 def pull_to_action(objective: Objective) -> Float[Array, " n"]:
-    """`std_j^2 / (lambda psi_j)`: what a gradient of the value at the end of a step moves its action by."""
+    """`std_j^2 / (lambda psi_j)`: the factor from the gradient of the value at the end of a step to the change of its action."""
     step = objective.sampler.transitions()
     return step.std**2 / (objective.kl_weight * step.psi)
 
@@ -72,15 +72,15 @@ def pull_to_action(objective: Objective) -> Float[Array, " n"]:
 def value_gradient(objective: Objective, critic: Critic, models: Models, rollout: Rollout) -> Float[Array, "n b *x"]:
     """`grad V(t_{j+1}, x_{j+1})` of the critic."""
 
-    def row(tx):
+    def gradient(tx):
         t, x = tx
         return jax.grad(lambda x: jnp.sum(critic(models.value, objective, models.reference, t, x, rollout.cond)))(x)
 
-    return jax.lax.map(row, (rollout.t[1:], rollout.x[1:]))
+    return jax.lax.map(gradient, (rollout.t[1:], rollout.x[1:]))
 
 
 class Matching(AbstractEstimator):
-    """Regress the action on `a_ref + w std^2 / (lambda psi) g` (see the module's docstring).
+    """Regresses the action on `a_ref + w std^2 / (lambda psi) g`; the module's docstring has the loss.
 
     Args:
         gradient: `g`, `(objective, critic, models, rollout) -> [n, b, *x]`: `LeanAdjoint()` or `value_gradient`.
@@ -97,7 +97,7 @@ class Matching(AbstractEstimator):
             require_differentiable(objective, "the gradient of the value")
         if not bool(jnp.all(objective.sampler.transitions().std > 0)):
             raise ValueError(
-                "matching regresses on std^2 / (lambda psi) grad V, and a step of this chain has no noise: use eta > 0."
+                "matching regresses on std^2 / (lambda psi) grad V, and a step of this chain has no noise (std=0): use eta > 0."
             )
 
     @property
@@ -111,7 +111,7 @@ class Matching(AbstractEstimator):
         return Fields(frozenset({"a_ref"}) if known else EVERY_FIELD.paths)
 
     def policy_target_calls(self, critic: Critic) -> Calls:
-        """The reference's derivative: along the path, or inside the value."""
+        """One derivative of the reference, for the adjoint or inside the value, and one reward inside the value."""
         inside = critic.value.uses_reward
         return Calls(gradient=int(isinstance(self.gradient, LeanAdjoint) or inside), reward=int(inside))
 
@@ -133,12 +133,12 @@ class Matching(AbstractEstimator):
 class GradientBalance(AbstractEstimator):
     r"""Residual nabla-detailed-balance: `V(t', x') - V(t, x) = lambda log (pi_theta / pi_ref)(x' | x)`, differentiated.
 
-    In `x'` (*forward*) it determines the policy given the value, and is matching with `grad V(t', x')`; in `x` (*reverse*),
+    The derivative in `x'` (*forward*) determines the policy given the value: it is matching with `grad V(t', x')`. The derivative in `x`
+    (*reverse*) determines the value given the policy, and replaces the regression on returns as the value's loss:
 
-        grad V(t, x) = -lambda grad_x [log pi_theta - log pi_ref](x' | x) - grad_x cost_j,
+        grad V(t, x) = -lambda grad_x [log pi_theta - log pi_ref](x' | x) - grad_x cost_j.
 
-    it determines the value given the policy, and is the value's loss here, in place of a regression on returns. Liu et al. 2025, eq. 14
-    to 18, in terms of a scalar value whose gradient is the residual flow's score.
+    Liu et al. 2025, eq. 14 to 18, in terms of a scalar value whose gradient is the residual flow's score.
     """
 
     whole_paths: bool = eqx.field(static=True, default=False, init=False)
@@ -151,7 +151,7 @@ class GradientBalance(AbstractEstimator):
         require_differentiable(objective, "the gradient of the value at the end")
 
     def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
-        """The policy, and what the value's gradient needs at both ends (with the policy's and the reference's derivatives)."""
+        """The policy; the value's gradient at both ends; the derivatives of policy and reference in the reverse residual."""
         return Calls(gradient=3 + 2 * int(critic.value.uses_reward), reward=2)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
@@ -177,9 +177,8 @@ class GradientBalance(AbstractEstimator):
 
         def log_ratio_of(x):
             def squared(p):
-                return (
-                    (transitions.x_next - phi * x - psi * objective.control(p, transitions.j, x, transitions.cond)) / std
-                ) ** 2
+                a = objective.control(p, transitions.j, x, transitions.cond)
+                return ((transitions.x_next - phi * x - psi * a) / std) ** 2
 
             return -0.5 * jnp.sum(squared(params) - squared(reference))
 

@@ -1,9 +1,9 @@
-r"""Gradients through the sampler: simulate `K` steps of the chain from recorded states, and differentiate what they lead to.
+r"""Gradients through the sampler: simulate `K` steps of the chain from recorded states, and differentiate the value at their end.
 
-    grad E[ w_j (V(t_{j+K}, x_{j+K}) - costs) - lambda sum_{l < K} price_{j+l} ],
+    grad E[ w_j (V(t_{j+K}, x_{j+K}) - costs) - lambda sum_{l < K} penalty_{j+l} ],
     x_{l+1} = phi_l x_l + psi_l a_theta(t_l, x_l) + std_l xi_l
 
-With `K = 1` and recorded states held fixed this is the gradient of the advantage rate; the law of the states is free.
+With `K = 1` and recorded states held fixed this is the gradient of the advantage rate. States may come from any policy.
 """
 
 import math
@@ -33,7 +33,7 @@ def undiscounted(objective: Objective) -> Float[Array, " n"]:
 
 
 def discount_per_step(gamma: float) -> Credit:
-    """`gamma^(steps to go)`, counted after the step: its meaning depends on the step count, as published for SQDF."""
+    """`gamma^(steps to go)`, counted after the step, as published for SQDF. It depends on the number of steps."""
 
     def credit(objective: Objective) -> Float[Array, " n"]:
         return jnp.asarray(gamma ** np.arange(objective.intervals)[::-1], objective.sampler.dtype)
@@ -42,7 +42,7 @@ def discount_per_step(gamma: float) -> Credit:
 
 
 def discount_per_time(horizon: float) -> Credit:
-    """`exp(-(t1 - t)/horizon)` at the end of the interval: the same whatever the step count."""
+    """`exp(-(t1 - t)/horizon)` at the end of the interval. It does not depend on the number of steps."""
 
     def credit(objective: Objective) -> Float[Array, " n"]:
         ts = objective.sampler.grid
@@ -67,13 +67,13 @@ def late(fraction: float) -> Starts:
 
 
 class Pathwise(AbstractEstimator):
-    """Differentiate `w V(t_{j+K}, x_{j+K}) - lambda penalty` through `K = steps` steps of the chain; beyond `t1` nothing happens.
+    """Differentiates `w V(t_{j+K}, x_{j+K}) - lambda penalty` through `K = steps` steps of the chain. Windows end at `t1` at the latest.
 
     Args:
-        steps: how many steps; 0 differentiates the value at the recorded state through the *policy's* x0_prediction (ReFL).
-        starts: intervals that windows start in, given the number of intervals (`every_start`, `last(K)`, `late(fraction)`).
+        steps: number of steps; 0 differentiates the value at the recorded state through the *policy's* x0 prediction (ReFL).
+        starts_in: the intervals that windows start in, a function of the number of intervals (`every_start`, `last(K)`, `late(fraction)`).
         credit: weights `w` `[n]` of the value, by the interval that a window starts in (`undiscounted`, `discount_per_step`, ...).
-        small_memory: recompute: the gradient's memory grows with the root of the number of steps, at two more forward passes.
+        small_memory: recompute steps in the backward pass: memory grows with the root of the number of steps, for two more forward passes.
     """
 
     steps: int = eqx.field(static=True, default=1)
@@ -84,7 +84,9 @@ class Pathwise(AbstractEstimator):
 
     def __check_init__(self):
         if self.steps < 0:
-            raise ValueError(f"steps={self.steps} must be at least 0: it is the number of steps to differentiate through.")
+            raise ValueError(
+                f"steps={self.steps} must be at least 0: it is the number of sampler steps to differentiate through."
+            )
 
     def starts(self, objective: Objective) -> np.ndarray:
         """Without a differentiable reward, only windows that end before `t1`."""
@@ -102,7 +104,7 @@ class Pathwise(AbstractEstimator):
         return Fields(frozenset(paths), frozenset(transitions))
 
     def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """The noise of the steps after the first, `[s, b, K - 1, *x]` for the `s` starts, zeros beyond the end; `None` for one step."""
+        """Noise of the steps after the first, `[s, b, K - 1, *x]` for `s` starts, zeros beyond the end; `None` for one step."""
         n, later = objective.intervals, max(self.steps - 1, 0)
         if not later:
             return None
@@ -111,10 +113,10 @@ class Pathwise(AbstractEstimator):
         return jnp.moveaxis(noise, 1, 2)
 
     def loss_calls(self, objective: Objective, critic: Critic) -> Calls:
-        """The policy at every step, the reference at all but the first if penalised, and what the critic needs at the end."""
+        """The policy at every step, the reference at all but the first if penalised, and x0 prediction and reward at the end."""
         reference = max(self.steps - 1, 0) if objective.penalised else 0
-        guess = 1 if critic.value.uses_reward and objective.x0_prediction is not present_state else 0
-        return Calls(gradient=max(self.steps, 1) + reference + guess, reward=int(objective.reward.differentiable))
+        predicted = 1 if critic.value.uses_reward and objective.x0_prediction is not present_state else 0
+        return Calls(gradient=max(self.steps, 1) + reference + predicted, reward=int(objective.reward.differentiable))
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
         ts, n = objective.sampler.ts, objective.intervals
@@ -136,9 +138,8 @@ class Pathwise(AbstractEstimator):
 
         def body(carry, i):
             x, gained = carry
-            noise = jax.lax.dynamic_index_in_dim(
-                transitions.policy_target, i - 1, axis=1, keepdims=False
-            )  # read in place: no copy of all
+            # read in place: no copy of all
+            noise = jax.lax.dynamic_index_in_dim(transitions.policy_target, i - 1, axis=1, keepdims=False)
             j = transitions.j + i
             inside = j < n
             j = jnp.minimum(j, n - 1)
@@ -155,7 +156,7 @@ class Pathwise(AbstractEstimator):
             models.value, objective, models.reference, ts[jnp.minimum(transitions.j + self.steps, n)], x, transitions.cond
         )
         metrics: Metrics = {"mean_value": jnp.mean(value)}
-        # a step is charged by all windows that it lies in: divided by how many that are, away from the ends
+        # every window that a step lies in penalises it: divided by their number, which is the same away from the ends
         return -len(starts) / self._overlap(n, starts) * jnp.mean(transitions.weight * (credit * value + gained)), metrics
 
     def _step(self, objective: Objective, params: Params, j, x, cond, noise, a_ref):
@@ -168,12 +169,12 @@ class Pathwise(AbstractEstimator):
         return phi * x + psi * a + std * noise, gain
 
     def _overlap(self, n: int, starts: np.ndarray) -> int:
-        """The largest number of windows that a step lies in."""
+        """The number of windows that a step lies in, at most."""
         return int(np.max(np.sum((np.arange(n) >= starts[:, None]) & (np.arange(n) < starts[:, None] + self.steps), axis=0)))
 
 
 def _scan(body, carry, indices: Int[Array, " k"], small_memory: bool):
-    """`lax.scan` over indices, its result alone; with `small_memory` in root-many checkpointed blocks of checkpointed steps."""
+    """The final carry of `lax.scan` over indices; `small_memory`: checkpointed steps in checkpointed blocks, a root of the number each."""
     if not len(indices):
         return carry
     if not small_memory or len(indices) < 4:

@@ -1,8 +1,8 @@
-r"""Gradients from an identity of the optimal path law: along every path, whoever made it,
+r"""Gradients from an identity of the optimal path law. It holds along every path, of any policy:
 
     V*(t_0, x_0) + lambda sum_j log (dP*/dP^ref)_j  =  r(X_T) - sum_j cost_j.
 
-Any mismatch of a policy is squared. States may come from any policy; no gradient passes through them.
+The loss is the squared mismatch of a policy. States may come from any policy; no gradient passes through them.
 """
 
 import equinox as eqx
@@ -29,11 +29,11 @@ def _tail(objective: Objective, params: Params, transitions: Transitions):
 
 
 class LogVariance(AbstractEstimator):
-    r"""`Var(r - costs - lambda log dP^a/dP^ref) / (2 lambda)` over paths: zero exactly at the optimum.
+    r"""`Var(r - costs - lambda log dP^a/dP^ref) / (2 lambda)` over paths; it is zero exactly at the optimum.
 
     Nuesken and Richter 2021 (VarGrad, log-variance divergence). The variance is over a batch of paths, so `V*(t_0, x_0)` must not
-    depend on `x_0`: a fixed start or a memoryless reference; else use `PathConsistency`. Under conditions it is the variance among the
-    paths of a minibatch that have the same one: draw several paths for each.
+    depend on `x_0`: the start must be fixed or the reference memoryless. Otherwise use `PathConsistency`. With conditions the variance
+    is among paths of a minibatch with the same condition: draw several paths for each.
     """
 
     whole_paths: bool = eqx.field(static=True, default=True, init=False)
@@ -49,7 +49,7 @@ class LogVariance(AbstractEstimator):
         require_kl_weight(objective, "the log-variance")
 
     def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """What a path brings without its penalty."""
+        """Returns of the paths, without KL: `r - costs`."""
         return returns(objective, rollout)
 
     def loss(self, objective: Objective, critic: Critic, params: Params, models: Models, transitions: Transitions):
@@ -68,8 +68,11 @@ class LogVariance(AbstractEstimator):
 class PathConsistency(AbstractEstimator):
     r"""Mean over intervals of `(V(t_e, x_e) - costs - lambda log (dP^a/dP^ref)_{j..e} - V(t_j, x_j))^2 / (2 lambda)`, `e = j + span`.
 
-    The policy's half of soft path consistency (Nachum et al. 2017; "sub-trajectory balance" of GFlowNets); the value's half is the
-    critic's regression on `log_ratio_to_go`. `span = None` goes to the end of the path, where `V = r`.
+    This trains the policy by soft path consistency (Nachum et al. 2017; "sub-trajectory balance" of GFlowNets). The value is trained by
+    the critic, on `log_ratio_to_go`.
+
+    Args:
+        span: intervals of a window; `None` goes to the end of the path, where `V = r`.
     """
 
     span: int | None = eqx.field(static=True, default=None)
@@ -86,7 +89,7 @@ class PathConsistency(AbstractEstimator):
         require_kl_weight(objective, "path consistency")
 
     def policy_target(self, objective: Objective, critic: Critic, models: Models, rollout: Rollout, values):
-        """What a window brings without its penalty, `V_e - V_j - costs`."""
+        """Returns of the windows, without KL: `V_e - V_j - costs`."""
         n = objective.intervals
         end = np.minimum(np.arange(n) + (n if self.span is None else self.span), n)
         costs = to_go(jnp.concatenate([objective.costs(rollout), jnp.zeros_like(values[:1])]))

@@ -1,6 +1,6 @@
-"""Control problems whose value, optimal action and optimal value are known, in closed form or by stated quadrature.
+"""Control problems with known value, optimal action and optimal objective, in closed form or by stated quadrature.
 
-Their actions are controls, `control(params, t, x, cond)`, with `params` and `cond` unused: pass `None`.
+Their actions are controls, `control(params, t, x, cond)`. They do not use `params` and `cond`: pass `None`.
 """
 
 from .catalogue import (
@@ -20,8 +20,8 @@ from .gaussian import (
     TerminalLaw as TerminalLaw,
 )
 from .measure import (
-    Evaluator as Evaluator,
     FineGap as FineGap,
+    GapEvaluator as GapEvaluator,
     PathIntegrals as PathIntegrals,
 )
 from .mixture import (

@@ -1,4 +1,4 @@
-"""The problems of the literature with their published numbers' settings; each function makes one.
+"""The problems of the literature, with the settings of their published numbers. Each function makes one.
 
 problems = {make.__name__: make for make in exact.CATALOGUE}
 """
@@ -15,7 +15,7 @@ from .tilt import LinearReward, QuadraticReward
 def gaussian_quadratic(eta: float = 1.0, tau_min: float = 0.0) -> GaussianControl:
     """One-dimensional data `N(1, 0.5^2)`, reward `-(x + 1/2)^2 / 2`, `lambda = 0.7`, constant `beta = 4` on `[0, 2]`.
 
-    From pure noise, which differs from the noised data by `alpha(2) = 0.018`, down to the noise of `tau_min`.
+    It starts at pure noise, which differs from the noised data by `alpha(2) = 0.018`, and ends at the noise of `tau_min`.
     """
     schedule = VPLinear(beta_min=4.0, beta_max=4.0, horizon=2.0, tau_min=tau_min, tau_max=2.0)
     return GaussianControl(GaussianQuadratic(DiffusionProcess(schedule, eta), 1.0, 0.5, 1.0, -0.5, 0.7, noise_start=True))

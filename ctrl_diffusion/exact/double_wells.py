@@ -1,8 +1,8 @@
-r"""The double well of the stochastic-control literature, separable over dimensions and solved numerically in each.
+r"""The double well of the stochastic-control literature. Its dimensions are independent, and each is solved numerically.
 
 In the literature's terms (see `ctrl_diffusion.drift`) `dX = (b + sigma u) dt + sqrt(lambda) sigma dB`, `b_i = -4 kappa_i x_i
-(x_i^2 - 1)`, terminal cost `g = sum_i nu_i (x_i^2 - 1)^2`, no running cost. The value is a sum over dimensions; each is computed
-once, in float64, and tabulated (see `ctrl_diffusion.exact.well`).
+(x_i^2 - 1)`, terminal cost `g = sum_i nu_i (x_i^2 - 1)^2`, no running cost. The value is a sum over dimensions; the value of each
+dimension is computed once, in float64, and tabulated (see `ctrl_diffusion.exact.well`).
 """
 
 import functools
@@ -29,10 +29,10 @@ def _vector(x) -> tuple[float, ...]:
 class DoubleWell(AbstractControlProblem):
     r"""Drift `-4 kappa x (x^2 - 1)`, reward `-sum nu (x^2 - 1)^2`, `kl_weight lambda`, noise `G`, start at a point.
 
-    Largest errors of a dimension's value and of its gradient at the default resolution, by refinement, `(kappa, nu) = (5, 3)` and
-    `(1, 1)`, at all times: 1e-6 and 5e-5 where `|x| <= 1.5`, 1e-5 and 2e-4 where `|x| <= 2`, and 1e-10 for `J*`. Further out they
-    grow near the end, to 0.1 at `|x| = 2.5`, from where the value is continued linearly; paths of the reference and of the
-    optimum do not get there.
+    Errors at the default resolution, for `(kappa, nu) = (5, 3)` and `(1, 1)`, over all times, found by refinement: a dimension's value and
+    its gradient are off by at most 1e-6 and 5e-5 for `|x| <= 1.5`, by 1e-5 and 2e-4 for `|x| <= 2`; `J*` is off by 1e-10. Further out the
+    errors grow near the end, to 0.1 at `|x| = 2.5`; beyond that the value is continued linearly. Paths of the reference and of the optimum
+    do not get there.
 
     Args:
         kappa: stiffness of the wells, one number per dimension.
@@ -40,7 +40,7 @@ class DoubleWell(AbstractControlProblem):
         start: the fixed `X(0)`, the same in every dimension.
         noise, kl_weight, horizon: `G`, `lambda` and `T`.
         steps: the usual number of steps.
-        resolution: of the numerical solution; see `ctrl_diffusion.exact.well`.
+        resolution: resolution of the numerical solution; see `ctrl_diffusion.exact.well`.
     """
 
     kappa: tuple[float, ...] = eqx.field(static=True, converter=_vector, default=(5.0,) * 3 + (1.0,) * 7)
@@ -93,7 +93,7 @@ class DoubleWell(AbstractControlProblem):
         return self._values(t, x)[1]
 
     def optimal_values(self) -> np.ndarray:
-        """`V*(0, X(0))` of every dimension, by the Schroedinger operator: independent of the table, float64 `[d]`."""
+        """`V*(0, X(0))` of every dimension, float64 `[d]`, by the Schroedinger operator and not from the table."""
         return np.asarray([law[2] for law in self._solved()])
 
     def optimal_value(self) -> Number:
@@ -116,7 +116,7 @@ class DoubleWell(AbstractControlProblem):
         return [law[1] for law in self._solved()]
 
     def sample_optimal(self, keys: Key[Array, " b"]) -> Float[Array, "b d"]:
-        """By inversion of the distribution function, linear between the nodes of the density."""
+        """Draws by inversion of the distribution function, which is linear between the nodes of the density."""
         laws = self.optimal_laws()
         edges = np.append(laws[0].x, 2 * laws[0].x[-1] - laws[0].x[-2]) - 0.5 * (laws[0].x[1] - laws[0].x[0])
         cumulative = jnp.asarray([np.append(0.0, np.cumsum(law.mass)) for law in laws], float)
@@ -142,6 +142,6 @@ class DoubleWell(AbstractControlProblem):
 
 @functools.lru_cache(maxsize=4)
 def _tables(wells: tuple[Well, ...], resolution: Resolution) -> tuple[np.ndarray, np.ndarray]:
-    """The tables of the different wells, and which of them each dimension uses."""
+    """The tables of the distinct wells, and the index of each dimension's table."""
     distinct = sorted(set(wells))
     return np.stack([value_table(well, resolution) for well in distinct]), np.asarray([distinct.index(w) for w in wells])

@@ -1,7 +1,7 @@
 r"""Gaussian data and a quadratic reward: every quantity of the control problem in closed form, at any `eta > 0` and schedule.
 
-Data `N(m0, s0^2)` in every dimension, independently; `r(x) = -k |x - a|^2 / 2`. The noised law is `N(m, v)`, `m = alpha m0`,
-`v = alpha^2 s0^2 + sigma^2`, and the reference (the true score `-(x - m) / v` as action) is a linear Gaussian process:
+The data is `N(m0, s0^2)` in every dimension, independently; `r(x) = -k |x - a|^2 / 2`. The noised law is `N(m, v)` with `m = alpha m0`,
+`v = alpha^2 s0^2 + sigma^2`. The reference, whose action is the true score `-(x - m) / v`, is a linear Gaussian process:
 
     dX = A_cl (X - m) dt + m' dt + eta g dW,        A_cl = -f - (1 + eta^2)/2 g^2 / v.
 
@@ -11,9 +11,9 @@ In control time `v' = -2 f v - g^2`, hence with `w = v / alpha^2`
 
 so that `X(t1)` given `X(t) = x` is `N(mu, S)` with
 
-    mu = m_1 + Phi (x - m),    Phi = sqrt(v_1 / v) (w_1 / w)^(eta^2 / 2),    S = v_1 (1 - (w_1 / w)^(eta^2)),
+    mu = m_1 + Phi (x - m),    Phi = sqrt(v_1 / v) (w_1 / w)^(eta^2 / 2),    S = v_1 (1 - (w_1 / w)^(eta^2)).
 
-`_1` at `t1`. A Gaussian integral gives the soft value, with `D = 1 + k S / lambda`:
+The index 1 means at `t1`. A Gaussian integral gives the soft value, with `D = 1 + k S / lambda`:
 
     V*(t, x) = lambda log E^ref[exp(r / lambda) | X_t = x] = -k (mu - a)^2 / (2 D) - (lambda / 2) log D,
     grad V*  = -k Phi (mu - a) / D,        a* = -(x - m) / v + 2 eta^2 / (lambda (1 + eta^2)) grad V*.
@@ -45,18 +45,17 @@ class TerminalLaw(NamedTuple):
 
 
 class GaussianQuadratic(eqx.Module):
-    r"""Data `N(data_mean, data_std^2)` per dimension, reward `-curvature |x - target|^2 / 2` on `X(t1)`, KL at `kl_weight`.
+    r"""Data `N(data_mean, data_std^2)` per dimension, and the reward `-curvature |x - target|^2 / 2` of `X(t1)`.
 
-    Exact for every schedule, `tau_min >= 0` and `eta > 0`: the reference law of `X(t1)` is the data noised to `tau_min`. The
-    state may have any shape; values of states sum over its dimensions, whereas the summary numbers (`optimal_value`,
-    `path_kl`, ...) are per state dimension.
+    It is exact for every schedule, `tau_min >= 0` and `eta > 0`; the reference law of `X(t1)` is the data noised to `tau_min`. States may
+    have any shape. Values of states sum over its dimensions; other numbers (`optimal_value`, `path_kl`, ...) are per state dimension.
 
     Args:
         process: the diffusion process, `eta > 0`.
-        data_mean, data_std, curvature, target: the numbers `m0`, `s0 > 0`, `k > 0`, `a` above.
+        data_mean, data_std, curvature, target: the numbers `m0`, `s0 > 0`, `k > 0`, `a` of the module's docstring.
         kl_weight: the temperature `lambda > 0`.
-        noise_start: the law of `X(t0)`, which is not controlled: the noised data `N(m, v)` (default), or pure noise
-            `N(0, sigma(tau_max)^2)`, which is what `DiffusionProcess.initial` draws.
+        noise_start: whether `X(t0)` is pure noise `N(0, sigma(tau_max)^2)`, which `DiffusionProcess.initial` draws; else (default) it is
+            the noised data `N(m, v)`. The law of `X(t0)` is not controlled.
     """
 
     process: DiffusionProcess
@@ -84,7 +83,7 @@ class GaussianQuadratic(eqx.Module):
         return alpha * self.data_mean, alpha**2 * self.data_std**2 + schedule.sigma_squared(tau)
 
     def terminal_law(self, t: Time) -> TerminalLaw:
-        """The reference law of `X(t1)` given `X(t)`: `Phi`, `m_1 - Phi m` and `S` of the module's docstring."""
+        """The reference law of `X(t1)` given `X(t)`, by `Phi`, `m_1 - Phi m` and `S` of the module's docstring."""
         end = jnp.asarray(self.process.t1, t.dtype)
         (m, v), (m1, v1) = self.marginal(t), self.marginal(end)
         eta_squared = self.process.eta**2
@@ -140,7 +139,7 @@ class GaussianQuadratic(eqx.Module):
 
     @property
     def tilted_law(self) -> tuple[Number, Number]:
-        """Mean and variance of the reweighted law `p_ref(x) exp(r(x) / lambda)` of `X(t1)`: the optimum if memoryless."""
+        """Mean and variance of the reweighted law `p_ref(x) exp(r(x) / lambda)` of `X(t1)`; it is the optimum if memoryless."""
         mean, variance = self.reference_terminal
         shrink = 1 + self.curvature * variance / self.kl_weight
         return (mean + self.curvature * variance * self.target / self.kl_weight) / shrink, variance / shrink
@@ -170,7 +169,7 @@ class GaussianQuadratic(eqx.Module):
 
     @property
     def terminal_kl(self) -> Number:
-        """KL of the law of `X(t1)` at the optimum from the reference law; at most `path_kl`. Nats per state dimension."""
+        """KL between the optimal and the reference law of `X(t1)`, nats per state dimension; at most `path_kl`."""
         (mean, variance), (ref_mean, ref_variance) = self.optimal_terminal, self.reference_terminal
         ratio = variance / ref_variance
         return 0.5 * (ratio - 1 - jnp.log(ratio) + (mean - ref_mean) ** 2 / ref_variance)
@@ -188,10 +187,10 @@ class GaussianQuadratic(eqx.Module):
 
 
 class GaussianControl(AbstractControlProblem):
-    """`GaussianQuadratic` as a problem over states of a given shape: the same value and actions, numbers summed.
+    """`GaussianQuadratic` over states of a given shape, with all numbers summed over dimensions.
 
     Args:
-        quadratic: the problem of one dimension, with `noise_start=True`: a simulation starts as the process does.
+        quadratic: the problem of one dimension, with `noise_start=True`, because simulations start from pure noise.
         shape: shape of one state.
         steps: the usual number of steps.
     """
@@ -202,7 +201,9 @@ class GaussianControl(AbstractControlProblem):
 
     def __check_init__(self):
         if not self.quadratic.noise_start:
-            raise ValueError("noise_start=False: the process starts from pure noise, so J* must be that of noise_start=True.")
+            raise ValueError(
+                "noise_start=False: the process starts from pure noise; use GaussianQuadratic(..., noise_start=True)."
+            )
 
     @property
     def process(self) -> DiffusionProcess:

@@ -1,19 +1,19 @@
-r"""Gaussian mixtures and rewards that tilt a Gaussian into a Gaussian: optimal control in closed form at `eta = 1`.
+r"""Gaussian mixtures with a linear or quadratic reward: optimal control in closed form at `eta = 1`.
 
-Data `sum_i w_i N(m_i, s^2 I)`. Noised to any level it is a mixture again; with a linear or quadratic reward so is the
-reweighted law `p*(x) = p(x) exp(r(x) / lambda) / Z`, and so is the noised reweighted law. The reward is on `X(t1)`, that is at
-noising time `tau_min`, so `p` is the data noised to `tau_min`; nothing is approximated when `tau_min > 0`.
+The data is `sum_i w_i N(m_i, s^2 I)`. Noised to any level it is again a mixture. With a linear or quadratic reward the reweighted law
+`p*(x) = p(x) exp(r(x) / lambda) / Z` is a mixture, too, and so is the noised reweighted law. The reward is of `X(t1)`, at noising time
+`tau_min`; so `p` is the data noised to `tau_min`, and nothing is approximated if `tau_min > 0`.
 
-*Where eta = 1 enters.* The reverse SDE is the time reversal of the noising, so under the reference `X(t1)` given `X(t) = x`
-has the noising's own posterior, in every component a Gaussian: `V*`, `grad V*` and `a*` are closed forms at every `(t, x)`,
+*The role of eta = 1.* The reverse SDE is the time reversal of the noising. Under the reference, `X(t1)` given `X(t) = x` therefore
+has the posterior law of the noising, a Gaussian in every component. `V*`, `grad V*` and `a*` are closed forms at every `(t, x)`:
 
     V*(t, x) = lambda log E[exp(r(X_{t1}) / lambda) | X_t = x],      a*(t, x) = score of the noised reweighted law.
 
-At another eta the conditional law differs (its marginals do not) and there is no closed form.
+At another eta the conditional law differs, though its marginals do not, and there is no closed form.
 
-*Where memorylessness enters.* Only in the numbers of the terminal law: `J* = E V*(t0, X(t0))` equals `lambda log Z`, and the
-optimal law of `X(t1)` equals `p*`, if `X(t0)` and `X(t1)` are independent under the reference (`alpha(tau_max) -> 0`).
-Otherwise `J* < lambda log Z`; on the ring with `VPLinear()` (`alpha(1) = 0.0066`) and lambda = 1 the difference is 1.2e-4.
+*The role of memorylessness.* It matters only for numbers of the terminal law. If `X(t0)` and `X(t1)` are independent under the reference
+(`alpha(tau_max) -> 0`), `J* = E V*(t0, X(t0))` equals `lambda log Z`, and the optimal law of `X(t1)` equals `p*`. Otherwise
+`J* < lambda log Z`; on the ring with `VPLinear()` (`alpha(1) = 0.0066`) and lambda = 1 the difference is 1.2e-4.
 """
 
 import math
@@ -39,7 +39,7 @@ def _vector(x) -> tuple[float, ...]:
 
 
 class Components(NamedTuple):
-    """A mixture of Gaussians that share one isotropic variance, or (leading axis `b`) one mixture per sample."""
+    """A mixture of Gaussians with one isotropic variance; with a leading axis `b`, one mixture per sample."""
 
     log_weights: Float[Array, "*b n"]
     means: Float[Array, "*b n d"]
@@ -86,7 +86,7 @@ class Components(NamedTuple):
 
 
 class GaussianMixture(eqx.Module):
-    """`sum_i weights_i N(means_i, std^2 I)`; `means` `n` rows of `d` numbers, `weights` uniform if not given."""
+    """`sum_i weights_i N(means_i, std^2 I)`. `means` has `n` rows of `d` numbers; `weights` are uniform if not given."""
 
     means: tuple[tuple[float, ...], ...] = eqx.field(static=True)
     std: float = eqx.field(static=True)
@@ -98,7 +98,9 @@ class GaussianMixture(eqx.Module):
 
     def __check_init__(self):
         if len({len(mean) for mean in self.means}) != 1:
-            raise ValueError("means must be rows of equal length, one per component.")
+            raise ValueError(
+                f"means have lengths {sorted({len(mean) for mean in self.means})}: give one row per component, all equally long."
+            )
         if not self.std > 0:
             raise ValueError(f"std={self.std} must be positive.")
         if len(self.weights) != len(self.means) or min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
@@ -115,16 +117,16 @@ class GaussianMixture(eqx.Module):
 
 
 def ring(count: int = 8, radius: float = 4 / 1.414, std: float = 0.5 / 1.414) -> GaussianMixture:
-    """`count` equal Gaussians on a circle in the plane, the first centre on the positive `x_1` axis."""
+    """`count` equal Gaussians on a circle in the plane. The first centre is on the positive `x_1` axis."""
     angles = 2 * math.pi * np.arange(count) / count
     return GaussianMixture(radius * np.stack([np.cos(angles), np.sin(angles)], axis=1), std)
 
 
 class MixtureControl(AbstractControlProblem):
-    """Mixture data, a linear or quadratic reward on `X(t1)`, path KL at `kl_weight`; states are `[b, d]`.
+    """Mixture data with a linear or quadratic reward of `X(t1)`; states are `[b, d]`.
 
-    `reference_action` and the numbers of the reweighted law hold at every `eta`; `value`, `value_gradient`, `optimal_action`
-    and `optimal_value` need `eta = 1` (see the module's docstring) and raise otherwise.
+    `reference_action` and the numbers of the reweighted law hold at every `eta`. `value`, `value_gradient`, `optimal_action` and
+    `optimal_value` need `eta = 1` (see the module's docstring) and raise `ValueError` otherwise.
     """
 
     process: DiffusionProcess
@@ -147,12 +149,12 @@ class MixtureControl(AbstractControlProblem):
         return self.data.components(dtype).noised(schedule.alpha(tau), schedule.sigma_squared(tau))
 
     def tilted(self, dtype: Any = float) -> Components:
-        """The reweighted law `p*` of `X(t1)`, the optimal one if memoryless."""
+        """The reweighted law `p*` of `X(t1)`; it is the optimal law if memoryless."""
         return self.terminal(dtype).tilted(self.reward, self.kl_weight)[0]
 
     @property
     def log_normaliser(self) -> Float[Array, ""]:
-        """`log Z = log E^ref exp(r / lambda)`; `lambda log Z` is `J*` if memoryless, else an upper bound."""
+        """`log Z = log E^ref exp(r / lambda)`; `lambda log Z` is `J*` if memoryless, else an upper bound of it."""
         return self.terminal().tilted(self.reward, self.kl_weight)[1]
 
     @property
@@ -185,11 +187,11 @@ class MixtureControl(AbstractControlProblem):
         return self.kl_weight * jax.nn.logsumexp(log_weights + log_mass, axis=-1)
 
     def mean_reward(self, t: Time, x: Points) -> Float[Array, " b"]:
-        """`E^ref[r(X(t1)) | X(t) = x]`: what the reference earns, without a price."""
+        """`E^ref[r(X(t1)) | X(t) = x]`: the mean reward of the reference, without KL."""
         return jax.vmap(lambda *law: Components(*law).expectation(self.reward))(*self._posterior(t, x))
 
     def optimal_mean_reward(self, t: Time, x: Points) -> Float[Array, " b"]:
-        """`E*[r(X(t1)) | X(t) = x]`: what the optimal policy earns; `V*` is that less the price of its KL to go."""
+        """`E*[r(X(t1)) | X(t) = x]`: the mean reward of the optimal policy; `V*` is that less `lambda` times its KL to go."""
 
         def mean(*law):
             return Components(*law).tilted(self.reward, self.kl_weight)[0].expectation(self.reward)
@@ -197,7 +199,7 @@ class MixtureControl(AbstractControlProblem):
         return jax.vmap(mean)(*self._posterior(t, x))
 
     def sample_optimal(self, keys: Key[Array, " b"]) -> Points:
-        """Draws of `X(t1)` under the optimal action: from the start's reweighted mixture, exact also if not memoryless."""
+        """Draws of `X(t1)` under the optimal action, from the reweighted mixture of each start; exact also if not memoryless."""
         keys = jax.vmap(jr.split)(keys)
         x0 = self.process.initial(keys[:, 0], self.shape, float)
 
@@ -210,7 +212,7 @@ class MixtureControl(AbstractControlProblem):
     def optimal_value(self, nodes: int = 24) -> Float[Array, ""]:
         """`J* = E V*(t0, X(t0))` for the process's own start `N(0, sigma(tau_max)^2)`, by Gauss-Hermite quadrature (`d <= 3`).
 
-        In more dimensions average `value(t0, x)` over `process.initial`.
+        In more dimensions it raises `ValueError`: average `value(t0, x)` over `process.initial`.
         """
         dim = self.data.dim
         if dim > 3:

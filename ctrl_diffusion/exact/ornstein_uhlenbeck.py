@@ -1,4 +1,4 @@
-r"""Linear drift with a quadratic or linear cost: the control problems whose value is quadratic or linear in the state.
+r"""Linear drift with a quadratic or linear cost. The value is quadratic or linear in the state.
 
 In the literature's terms (see `ctrl_diffusion.drift`) `dX = (a X + sigma u) dt + sqrt(lambda) sigma dB` in `d` dimensions, cost
 `E[int (|u|^2/2 + p |X|^2) dt + q |X_T|^2 + w sum_i X_T,i]`, `sigma^2 = G^2 / lambda`. Here `V* = -V` and everything is per
@@ -45,7 +45,7 @@ class QuadraticOU(AbstractControlProblem):
     Args:
         rate: `a` of the reference drift `a x`.
         state_cost, terminal_cost: `p >= 0` and `q >= 0`, without a factor 1/2.
-        dim: number of dimensions, which do not interact.
+        dim: number of independent dimensions.
         start, start_std: `X(0) ~ N(start, start_std^2)` in every dimension.
         noise, kl_weight, horizon: `G`, `lambda` and `T`.
         steps: the usual number of steps.
@@ -67,7 +67,9 @@ class QuadraticOU(AbstractControlProblem):
         if not (self.state_cost >= 0 and self.terminal_cost >= 0):
             raise ValueError(f"state_cost={self.state_cost} and terminal_cost={self.terminal_cost} must be at least 0.")
         if self._d == 0:
-            raise ValueError("rate=0.0 and state_cost=0.0: the closed form divides by D = 0. Make one of them nonzero.")
+            raise ValueError(
+                "rate=0.0 and state_cost=0.0: the closed form divides by D = 0. Choose another value for one of them."
+            )
         if not self.terminal_cost > self._f_minus:
             raise ValueError(f"rate={self.rate}, state_cost=0.0, terminal_cost=0.0: the value is constant. Give it a cost.")
 
@@ -194,7 +196,7 @@ class LinearOU(AbstractControlProblem):
         return self.dim * (self._gain(t0) - self._h(t0) * self.start)
 
     def control_energy(self) -> Number:
-        """`int |u*|^2 dt` in the literature's units, the same on every path: `sigma^2 slope^2 dim int_0^T e^{2 rate s} ds`."""
+        """`int |u*|^2 dt = sigma^2 slope^2 dim int_0^T e^{2 rate s} ds` in the literature's units. It is the same on every path."""
         return 2 * self.dim * self._gain(jnp.asarray(0.0, float))
 
     def optimal_marginal(self, t: Time) -> tuple[Time, Time]:

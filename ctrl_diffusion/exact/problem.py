@@ -1,4 +1,4 @@
-"""What every problem with a known optimum has, so that an experiment can loop over problems."""
+"""The interface of problems with a known optimum. An experiment can loop over them."""
 
 import abc
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,17 @@ Number = Float[Array, ""]
 
 
 class AbstractControlProblem(eqx.Module):
-    r"""Maximise `J(a) = E^a[ r(X(t1)) - int f(t, X) dt - lambda int k |a - a_ref|^2 dt ]`, with the answer known.
+    r"""Maximise `J(a) = E^a[ r(X(t1)) - int f(t, X) dt - lambda int k |a - a_ref|^2 dt ]`; the solution is known.
 
-    `f` is `process.running_cost`, `k |a - a_ref|^2` is `process.kl_rate`. Actions are controls, `control(params, t, x, cond)`,
-    with `params` and `cond` unused: pass `None`. Times are scalars or `[b]`; values sum over state dimensions.
+    `f` is `process.running_cost`, `k |a - a_ref|^2` is `process.kl_rate`. Actions are controls, `control(params, t, x, cond)`.
+    They do not use `params` and `cond`: pass `None`. Times are scalars or `[b]`; values sum over state dimensions.
 
     Attributes:
         process: the controlled SDE, with the running cost and the law of the start.
         reward: `r`, a differentiable JAX function from `[b, *shape]` to `[b]`.
         kl_weight: the temperature `lambda > 0`.
         shape: shape of one state.
-        steps: the number of equal steps the problem is usually solved with.
+        steps: the usual number of equal steps.
     """
 
     process: AbstractVar[AbstractControlledSDE]
@@ -40,7 +40,7 @@ class AbstractControlProblem(eqx.Module):
 
     @abc.abstractmethod
     def reference_action(self, params: Params, t: Time, x: State, cond: Cond = None) -> State:
-        """The action that costs nothing."""
+        """The reference action, whose KL penalty is zero."""
 
     @abc.abstractmethod
     def optimal_action(self, params: Params, t: Time, x: State, cond: Cond = None) -> State:
@@ -60,10 +60,10 @@ class AbstractControlProblem(eqx.Module):
 
     @abc.abstractmethod
     def sample_optimal(self, keys: Key[Array, " b"]) -> Float[Array, "b *x"]:
-        """Independent draws of `X(t1)` under the optimal action, made without simulation, one per key."""
+        """Independent draws of `X(t1)` under the optimal action, one per key, without simulation."""
 
     def grid(self, steps: int | None = None) -> np.ndarray:
-        """The process's grid of `steps` (default: the problem's own)."""
+        """The process's grid of `steps` equal steps (default: the problem's own number)."""
         return self.process.grid(self.steps if steps is None else steps)
 
 

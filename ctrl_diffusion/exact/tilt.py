@@ -1,4 +1,4 @@
-"""Rewards that reweight an isotropic Gaussian into an isotropic Gaussian."""
+"""Rewards that reweight an isotropic Gaussian to an isotropic Gaussian."""
 
 import abc
 from typing import Any
@@ -14,7 +14,7 @@ def _vector(x) -> tuple[float, ...]:
 
 
 class AbstractTiltReward(eqx.Module):
-    """A reward `r` for which `N(mean, variance I) exp(r / lambda)` is again an isotropic Gaussian, up to its mass."""
+    """A reward `r` such that `N(mean, variance I) exp(r / lambda)` is again an isotropic Gaussian, up to a factor."""
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b"]:

@@ -5,17 +5,17 @@ With the remaining time `s = T - t` the soft value `V = lambda log E^ref[exp(r(X
     V_s = -U' V_x + G^2/2 V_xx + G^2/(2 lambda) V_x^2,        V(s = 0) = r.
 
 *Scheme.* `V` is even, so it is a Chebyshev series in `w = 2 (x/L)^2 - 1` on `[-L, L]`, by collocation at the extreme points.
-Over a step of `s` the Cole-Hopf transform is made relative to the value at its start: `psi = exp((V - V_n) / lambda)` solves
-the *linear* equation `psi_s = M psi`, `psi = 1`, with
+Over a step of `s` the Cole-Hopf transform is relative to the value at its start: `psi = exp((V - V_n) / lambda)` starts at 1 and solves
+the *linear* equation `psi_s = M psi`, with
 
-    M = G^2/2 d_xx + (-U' + G^2/lambda V_n') d_x + (1/lambda) V_s(V_n),
+    M = G^2/2 d_xx + (-U' + G^2/lambda V_n') d_x + (1/lambda) V_s(V_n).
 
-and is near one everywhere, so no digits are lost where `exp(V / lambda)` itself is tiny. `exp(M ds) 1` is taken in the (2, 3)
-Pade approximation (order 5, L-stable) by partial fractions. At `|x| = L` the second derivative is dropped: the drift points
+It stays near one everywhere, so no digits are lost even if `exp(V / lambda)` is tiny. `exp(M ds) 1` is computed by the (2, 3)
+Pade approximation (order 5, L-stable) in partial fractions. At `|x| = L` the second derivative is dropped: the drift points
 inwards, so the error stays there. The nodes in time are `s = T (j/n)^3`, because `V` changes fast near the end.
 
-*Table.* `V, V_x, V_xx` and their rates in `s`, at the nodes in time and at uniform ones in `x`: quintic Hermite interpolation
-in `x`, cubic in `s`. Beyond `|x| = L` the value is continued linearly. Errors are in the docstring of `exact.DoubleWell`.
+*Table.* It holds `V, V_x, V_xx` and their rates in `s`, at the nodes in time and at uniform nodes in `x`. Hermite interpolation is quintic
+in `x` and cubic in `s`. Beyond `|x| = L` the value is continued linearly. The docstring of `exact.DoubleWell` has the errors.
 
 *Law.* `-sqrt(pi) L sqrt(pi)^-1 = -G^2/2 d_xx + U'^2/(2 G^2) - U''/2` with `pi = exp(-2 U / G^2)` is a Schroedinger operator; in
 the sinc basis (uniform nodes, spectrally accurate) its matrix is symmetric, and its eigenvectors give the transition density.
@@ -42,7 +42,7 @@ class Well(NamedTuple):
 
 
 class Resolution(NamedTuple):
-    """`modes` even Chebyshev polynomials on `[-half_width, half_width]`, `intervals * substeps` steps, `cells` of the table."""
+    """`modes` even Chebyshev polynomials on `[-half_width, half_width]`, `intervals * substeps` steps, and `cells` in the table."""
 
     half_width: float = 2.5
     modes: int = 96
@@ -126,7 +126,7 @@ def interpolate(
     s: Float[Array, "*b"],
     x: Float[Array, "*b"],
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-    """`V` and `V_x` at the remaining times `horizon s`, `s` in `[0, 1]`, and the states `x`, from `tables[which]`, elementwise."""
+    """`V` and `V_x`, elementwise from `tables[which]`, at the remaining times `horizon s` with `s` in `[0, 1]` and at the states `x`."""
     intervals, cells = tables.shape[1] - 1, tables.shape[2] - 1
     j = jnp.clip(jnp.floor(intervals * jnp.cbrt(s)), 0, intervals - 1)
     start, ds = (j / intervals) ** 3, (3 * j * (j + 1) + 1) / intervals**3
@@ -146,7 +146,7 @@ def interpolate(
 
 
 class Density(NamedTuple):
-    """A density at uniform nodes, as mass per node (sums to one)."""
+    """A density at uniform nodes, as mass per node; the masses sum to one."""
 
     x: np.ndarray
     mass: np.ndarray
@@ -158,7 +158,7 @@ class Density(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def terminal_densities(well: Well, start: float, half_width: float = 2.5, count: int = 401) -> tuple[Density, Density, float]:
-    """The reference and the optimal law of `X(T)` given `X(0) = start`, and `V(0, start)`, by the Schroedinger operator."""
+    """The reference law and the optimal law of `X(T)` given `X(0) = start`, and `V(0, start)`, by the Schroedinger operator."""
     kappa, nu, noise, weight, horizon = well
     x, energies, modes = _spectrum(kappa, noise, half_width, count)
     ground = kappa * ((start**2 - 1) ** 2 - (x**2 - 1) ** 2) / noise**2  # log sqrt(pi(x) / pi(start))

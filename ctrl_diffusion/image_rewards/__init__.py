@@ -26,7 +26,7 @@ from .jpeg import (
     jpeg_incompressibility as jpeg_incompressibility,
 )
 from .linear import LinearLayers as LinearLayers
-from .load import (
+from .loading import (
     HPS_PREPROCESS as HPS_PREPROCESS,
     Loading as Loading,
     load_aesthetic as load_aesthetic,

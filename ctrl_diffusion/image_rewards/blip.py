@@ -1,4 +1,4 @@
-"""BLIP as in ImageReward: a vision transformer, and a BERT that reads the text and looks at the image."""
+"""BLIP as in ImageReward: a vision transformer, and a BERT that reads the text and attends to the image."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ..pretrained.clip import PatchEmbeddings
 from ..pretrained.clip_config import BOOKKEEPING, VisionConfig
 from ..pretrained.config import Fixed
 from ..pretrained.layers import Layers, Sequence, erf_gelu, recomputed
-from ..pretrained.transformer import Attention, Encoder
+from ..pretrained.transformer import Attention, TransformerEncoder
 from .linear import LinearLayers
 from .pixels import Images
 
@@ -61,11 +61,11 @@ IMAGE_REWARD = BLIPConfig()
 
 
 class BLIPVision(nnx.Module):
-    """`vision(pixels [b, size, size, 3]) -> [b, m, e]`: all vectors after the last layer, normed."""
+    """`vision(pixels [b, size, size, 3]) -> [b, m, e]`: all vectors after the last layer and a norm."""
 
     def __init__(self, config: VisionConfig, layers: Layers, remat: bool):
         self.embeddings = PatchEmbeddings(config, layers, bias=True)
-        self.encoder = Encoder(config, layers, remat, causal=False)
+        self.encoder = TransformerEncoder(config, layers, remat, causal=False)
         self.post_layernorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixels: Images) -> Sequence:
@@ -73,7 +73,7 @@ class BLIPVision(nnx.Module):
 
 
 class BERTLayer(nnx.Module):
-    """Self-attention, attention to the image, and an MLP, each normed after its input has been added."""
+    """Self-attention, attention to the image, and an MLP. Each is added to its input, and a norm follows."""
 
     def __init__(self, config: BERTConfig, image: int, layers: Layers):
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
@@ -90,7 +90,7 @@ class BERTLayer(nnx.Module):
 
 
 class BERT(nnx.Module):
-    """`bert(ids [b, n], image [b, m, e]) -> [b, n, d]`; padding, which is id 0, is not attended to."""
+    """`bert(ids [b, n], image [b, m, e]) -> [b, n, d]`. Padding (id 0) is masked."""
 
     def __init__(self, config: BERTConfig, image: int, layers: Layers, remat: bool):
         embed = dict(dtype=layers.dtype, param_dtype=layers.param_dtype, rngs=layers.rngs)
@@ -112,7 +112,7 @@ class BERT(nnx.Module):
 
 
 class ImageRewardNetwork(nnx.Module):
-    """`network(pixels, ids) -> [b]`: five linear layers on the first vector of BERT.
+    """`network(pixels, ids) -> [b]`: five linear layers on BERT's first vector.
 
     Args:
         config: the architecture.

@@ -1,4 +1,4 @@
-"""The size of an image as a JPEG file: black boxes, for `ctrl_diffusion.pooled(jpeg_compressibility)`."""
+"""Rewards by the size of an image as a JPEG file. They are black boxes: use `ctrl_diffusion.pooled(jpeg_compressibility)`."""
 
 import io
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def jpeg_bytes(images: np.ndarray, quality: int = 95) -> np.ndarray:
-    """Bytes of each image's JPEG file, `[b]`; images `[b, h, w, 3]` in [-1, 1] are clipped and rounded to 8 bits.
+    """Size of each image's JPEG file in bytes, `[b]`. Images `[b, h, w, 3]` in [-1, 1] are clipped and rounded to 8 bits.
 
-    By Pillow; another version, or another library under it, can differ by a few bytes.
+    The files are made by Pillow. Other versions of it or of its JPEG library can differ by a few bytes.
     """
     try:
         from PIL import Image  # not needed for anything else in the library

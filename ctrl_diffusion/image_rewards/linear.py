@@ -7,7 +7,7 @@ from ..pretrained.layers import Layers
 
 
 class LinearLayers(nnx.Module):
-    """Five linear maps one after the other, to 1024, 128, 64, 16 and 1 numbers, with nothing in between."""
+    """Five linear maps in a row, to 1024, 128, 64, 16 and 1 numbers, without nonlinearities."""
 
     def __init__(self, inputs: int, layers: Layers):
         widths = (inputs, 1024, 128, 64, 16, 1)

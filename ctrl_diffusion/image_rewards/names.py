@@ -1,4 +1,4 @@
-"""What the tensors of the aesthetic predictor and of ImageReward are called in files, and how they lie there."""
+"""Names and axes of the tensors of the aesthetic predictor and of ImageReward in files."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ AESTHETIC = Names(renamed=LINEAR)
 
 
 def image_reward(positions: int) -> Names:
-    """Names of ImageReward, whose BERT has so many positions."""
+    """Names of ImageReward, whose BERT has `positions` positions."""
     return Names(
         renamed=(
             *((rf"^mlp\.{pattern}", f"mlp.{replacement}") for pattern, replacement in LINEAR),
@@ -60,7 +60,7 @@ UNUSED = re.compile(
 
 
 def image_reward_tensors(found: Mapping[str, Stored]) -> dict[str, Stored]:
-    """ImageReward's tensors apart: queries, keys and values; the vision tower's vectors without their axes of length one."""
+    """ImageReward's tensors with queries, keys and values separated, and the vision tower's vectors without axes of length one."""
     tensors: dict[str, Stored] = {}
     for name, stored in found.items():
         if UNUSED.match(name):

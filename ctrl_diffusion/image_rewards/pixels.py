@@ -1,8 +1,8 @@
-"""From images in [-1, 1] to what a vision tower reads: 8 bits, resize, centre crop, normalise.
+"""From images in [-1, 1] to the pixels that a vision tower reads: 8 bits, resize, centre crop, normalise.
 
-References read 8-bit images and resize most of them with Pillow, which rounds to 8 bits twice more. Forwards these roundings are made
-here, too, to the bit; backwards they count as the identity (straight through), so that the score is the reference's and still has a
-gradient. `Preprocess(rounded=False)` makes none.
+Reference implementations read 8-bit images, and most resize them with Pillow, which rounds to 8 bits twice more. The forward pass makes
+the same roundings, to the bit. The backward pass treats them as the identity (straight through). So the score equals the reference's and
+still has a gradient. `Preprocess(rounded=False)` does not round.
 """
 
 import functools
@@ -26,7 +26,7 @@ BITS = 22  # of Pillow's fixed-point weights behind the point
 
 @jax.custom_jvp
 def straight_through(value: Float[Array, "..."], smooth: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`value`, with the derivatives of `smooth`."""
+    """`value` in the forward pass, with the derivatives of `smooth`."""
     return value
 
 
@@ -36,7 +36,7 @@ def _(primals, tangents):
 
 
 def eight_bits(images: Images) -> Images:
-    """Whole numbers in [0, 255]; straight through the rounding, not through the clipping."""
+    """Whole numbers in [0, 255]. The gradient is straight through the rounding; it is zero where the image is clipped."""
     clipped = jnp.clip(images, 0, 255)
     return straight_through(jnp.round(clipped), clipped)
 
@@ -50,10 +50,10 @@ def cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 @functools.cache
 def antialiased_weights(before: int, after: int) -> np.ndarray:
-    """What each of `before` pixels on a line counts for each of `after`, `[after, before]`, each row of sum one.
+    """The weights of `before` pixels on a line for each of `after` pixels, `[after, before]`; every row sums to one.
 
-    The cubic of slope -1/2 is stretched by the factor of reduction, and cut off and renormalised at the border: Pillow's
-    bicubic filter, and torch's with `antialias=True`.
+    This is Pillow's bicubic filter, and torch's with `antialias=True`. The cubic of slope -1/2 is stretched by the factor of reduction, cut
+    off at the border, and renormalised there.
     """
     ratio = before / after
     centres = (np.arange(after)[:, None] + 0.5) * ratio
@@ -63,7 +63,7 @@ def antialiased_weights(before: int, after: int) -> np.ndarray:
 
 @functools.cache
 def interpolating_weights(before: int, after: int) -> np.ndarray:
-    """The same of torch's bicubic filter without antialiasing: four pixels at slope -3/4, those beyond the border being the border's."""
+    """The weights of torch's bicubic filter without antialiasing: four pixels, slope -3/4; pixels beyond the border repeat it."""
     centres = (np.arange(after)[:, None] + 0.5) * (before / after) - 0.5
     pixels = np.floor(centres) + np.arange(-1, 3)
     weights = np.zeros((after, before))
@@ -72,7 +72,7 @@ def interpolating_weights(before: int, after: int) -> np.ndarray:
 
 
 def _along(axis: int, weights: np.ndarray, images: Images) -> Resized:
-    """The products of `weights [n, m]` with the lines of `m` pixels along an axis, in full precision on every device."""
+    """`weights [n, m]` applied to the lines of `m` pixels along an axis, in full precision on every device."""
     lines = jnp.tensordot(images, jnp.asarray(weights, images.dtype), ((axis,), (1,)), precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(lines, -1, axis)
 
@@ -90,9 +90,9 @@ def interpolated(images: Images, height: int, width: int) -> Resized:
 
 
 def pillow(images: Images, height: int, width: int) -> Resized:
-    """Pillow's bicubic filter on images of whole numbers: equal to the bit; straight through its roundings.
+    """Pillow's bicubic filter on images of whole numbers, equal to the bit. Gradients are straight through its roundings.
 
-    Along the width and then along the height, each rounded to 8 bits.
+    It filters along the width, then along the height, and rounds to 8 bits after each.
     """
     return _pillow_along(1, height, _pillow_along(2, width, images))
 
@@ -109,26 +109,26 @@ def _pillow_along(axis: int, size: int, images: Images) -> Resized:
 
 
 def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
-    """The size at which the shorter side is `size` and the longer one in proportion, rounded down."""
+    """Height and width with the shorter side equal to `size` and the longer side in proportion, rounded down."""
     longer = int(size * max(height, width) / min(height, width))
     return (size, longer) if height <= width else (longer, size)
 
 
 def half_down(excess: int) -> int:
-    """Pixels cut off in front of a centre crop: transformers."""
+    """Pixels cut off before a centre crop, as in transformers."""
     return excess // 2
 
 
 def half_even(excess: int) -> int:
-    """Pixels cut off in front of a centre crop: torchvision, and all references that use it."""
+    """Pixels cut off before a centre crop, as in torchvision."""
     return round(excess / 2)
 
 
 class Preprocess(NamedTuple):
     """`pixels = preprocess(images)`: images `[b, h, w, 3]` in [-1, 1] to a tower's `[b, size, size, 3]`.
 
-    To [0, 255], clipped; shorter side to `size`; centre crop; `(x / 255 - mean) / std`. The gradient is that of these steps, zero where
-    something is clipped.
+    The steps are: to [0, 255], clipped; resize the shorter side to `size`; centre crop; `(x / 255 - mean) / std`. The gradient is that of
+    these steps, and zero where a pixel is clipped.
     """
 
     size: int = 224
@@ -153,6 +153,6 @@ class Preprocess(NamedTuple):
 
 
 def check_images(images: Images) -> None:
-    """Refuse what is no batch of colour images, before anything is computed."""
+    """Raise `ValueError` unless `images` has the shape of a batch of colour images."""
     if images.ndim != 4 or images.shape[-1] != 3 or not math.prod(images.shape[1:3]):
         raise ValueError(f"images of shape {images.shape} must be [b, h, w, 3], in [-1, 1].")

@@ -1,6 +1,6 @@
-"""What the networks' outputs are worth: `reward(images [b, h, w, 3] in [-1, 1], ids [b, n]) -> [b]`.
+"""Rewards of images, from the outputs of networks: `reward(images [b, h, w, 3] in [-1, 1], ids [b, n]) -> [b]`.
 
-Rewards are pytrees: pass them to compiled functions as arguments, so that their parameters are not compiled in.
+Rewards are pytrees. Pass them to compiled functions as arguments; else their parameters become constants of the program.
 
     score = jax.jit(lambda reward, images, ids: reward(images, ids))
 """
@@ -28,20 +28,20 @@ class AbstractImageReward(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, images: Images, ids: Int[Array, "b n"] | None = None) -> Float[Array, " b"]:
-        """The score of each image, for the text in its row of `ids` if the reward reads texts.
+        """The score of each image; if the reward reads texts, for the text in the image's row of `ids`.
 
         Args:
-            images: in [-1, 1], of any size; clipped.
-            ids: what `tokenize` says of the prompts.
+            images: images of any size, clipped to [-1, 1].
+            ids: token ids from `tokenize`.
         """
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str], *, truncate: bool = False) -> Int32[np.ndarray, "b n"] | None:
-        """What the reward reads of the prompts, `None` if nothing. Longer ones than it can read are refused, or cut off."""
+        """Token ids of the prompts; `None` if the reward reads no text. Prompts that are too long are refused unless `truncate`."""
 
 
 class TextAlignment(AbstractImageReward):
-    """`cos(image, text)` of a CLIP, times `exp(logit_scale)` if `scaled`: CLIP similarity, PickScore and HPSv2."""
+    """CLIP similarity, PickScore and HPSv2: `cos(image, text)` of a CLIP, times `exp(logit_scale)` if `scaled`."""
 
     network: CLIP
     tokenizer: Any = eqx.field(static=True)
@@ -58,9 +58,9 @@ class TextAlignment(AbstractImageReward):
 
 
 class Aesthetic(AbstractImageReward):
-    """`mlp(image / |image|)` with the features of CLIP ViT-L/14: LAION's aesthetic predictor, from about 1 to 10.
+    """LAION's aesthetic predictor, about 1 to 10: `mlp(image / |image|)`, with the image features of CLIP ViT-L/14.
 
-    Its five layers have nothing in between, so that the score is linear in the normalised features. Reads no text.
+    Its five layers have no nonlinearities, so the score is linear in the normalised features. It reads no text.
     """
 
     network: CLIPImages | CLIP
@@ -100,12 +100,12 @@ def _needed(ids: Int[Array, "b n"] | None) -> Int[Array, "b n"]:
 
 
 class ForPrompts(eqx.Module):
-    """A reward of images and token ids as one of images and numbers of prompts, `(images, prompt [b]) -> [b]`.
+    """A reward of images and prompts, `(images, prompt [b]) -> [b]`, from a reward of images and token ids. Prompts are given by number.
 
     Args:
-        reward: of images and ids.
-        ids: of all prompts, `[p, n]`; `None` for a reward that reads no text.
-        chunk: images at a time, see `in_chunks`; `None`: all.
+        reward: a reward of images and token ids.
+        ids: token ids of all prompts, `[p, n]`; `None` for a reward that reads no text.
+        chunk: number of images at a time, see `in_chunks`; `None`: all.
     """
 
     reward: AbstractImageReward
@@ -118,12 +118,13 @@ class ForPrompts(eqx.Module):
 
 
 def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, *, chunk: int | None = None) -> Reward:
-    """A `Reward` whose condition is the number of a prompt; the network's parameters are arguments of what is compiled.
+    """A `Reward` whose condition is the number of a prompt. The network's parameters are arguments of compiled programs.
 
     Args:
-        prompts: all that there are; those longer than the reward can read are cut off.
-        name: under which it is logged.
-        chunk: images at a time, see `in_chunks`; default: all.
+        reward: a reward of images and token ids.
+        prompts: all prompts; they are truncated to the length that the reward can read.
+        name: the name in logs.
+        chunk: number of images at a time, see `in_chunks` (default: all).
     """
     ids = reward.tokenize(prompts, truncate=True)
     scorer = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)

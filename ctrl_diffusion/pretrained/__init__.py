@@ -1,4 +1,4 @@
-"""What model families have in common: files of pretrained networks, and the networks and layers that several of them use.
+"""Files of pretrained networks, and the networks and layers that several model families use.
 
 `stable_diffusion` and `image_rewards` import from here and not from each other. Nothing here imports torch.
 
@@ -30,7 +30,7 @@ from .network_folder import KINDS as KINDS, Kind as Kind, read_network as read_n
 from .stored import Stored as Stored
 from .tokens import load_tokenizer as load_tokenizer, tokenize as tokenize
 from .torch_files import read_torch_file as read_torch_file
-from .transformer import Attention as Attention, Encoder as Encoder
+from .transformer import Attention as Attention, TransformerEncoder as TransformerEncoder
 from .vae import VAE as VAE, Posterior as Posterior, VAEConfig as VAEConfig
 from .weights import (
     Placement as Placement,

@@ -1,4 +1,4 @@
-"""Functions that compute attention, under all heads of a network: the same numbers, in less memory or time."""
+"""Functions that compute attention in less memory or time, with the same results."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +15,10 @@ AttentionFn = Callable[..., Float[Array, "b n k d"]]
 
 
 def chunked_attention(size: int, attention: AttentionFn = jax.nn.dot_product_attention) -> AttentionFn:
-    """`attention` with at most `size` queries at a time: the same numbers, memory of `size` rows of its matrix instead of all.
+    """`attention` with at most `size` queries at a time. Memory holds `size` rows of its matrix; results are the same.
 
-    For devices without flash attention: 4096 pixels attend to each other 8 times over in Stable Diffusion. A gradient computes each
-    chunk again. Causal attention, which is short here, is left whole.
+    It is for devices without flash attention; in Stable Diffusion 4096 pixels attend to each other in 8 heads. The backward pass computes
+    each chunk again. Causal attention, which is short here, is not divided.
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 (queries).")
@@ -36,12 +36,12 @@ def chunked_attention(size: int, attention: AttentionFn = jax.nn.dot_product_att
 
 
 def head_by_head(size: int | None = None) -> AttentionFn:
-    """`jax.nn.dot_product_attention` of one image and head after the other, with at most `size` queries at a time. For CPUs.
+    """`jax.nn.dot_product_attention` for CPUs, one image and head after the other, with at most `size` queries at a time.
 
-    There XLA is slow at many products at once; this is two products of two matrices at a time, by default of as many queries as have
-    2^21 logits, which stay in the caches. Numbers differ by rounding. A gradient computes each part again. Masked and causal attention and
-    that of up to `size` queries (by default 2^17 logits a head), all short here, are computed as without it. Images come one after the
-    other, also where a batch is divided over devices: they do not share the work.
+    On CPUs XLA is slow at batches of matrix products. This computes two products of two matrices at a time. By default the number of
+    queries is such that their logits (2^21) stay in the caches. Results differ by rounding. The backward pass computes each part again.
+    Short attention is computed as usual: if it is masked or causal, or has up to `size` queries (by default 2^17 logits per head). Images
+    are computed one after the other, also if a batch is divided over devices: the devices do not share the work.
     """
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 (queries).")
@@ -71,10 +71,10 @@ def head_by_head(size: int | None = None) -> AttentionFn:
 
 
 def flash_attention(q, k, v, *, is_causal: bool = False, **options) -> Float[Array, "b n k d"]:
-    """`jax.nn.dot_product_attention` by cuDNN's kernels where they apply: the matrix of attention is never held. For NVIDIA devices.
+    """`jax.nn.dot_product_attention` for NVIDIA devices, by cuDNN's kernels if they apply. They never store the attention matrix.
 
-    They are for self-attention in half precision, of an even number of positions, without a mask, with heads of 8, 16, ..., 128
-    features. All else is computed as without them.
+    The kernels apply to self-attention in half precision, with an even number of positions, without a mask, and with heads of 8, 16,
+    ..., 128 features. All other attention is computed as usual.
     """
     applies = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape == k.shape and q.shape[1] % 2 == 0 and not options
     applies = applies and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128

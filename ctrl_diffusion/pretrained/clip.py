@@ -11,13 +11,13 @@ from .attention import AttentionFn
 from .clip_config import CLIPConfig, VisionConfig
 from .clip_text import CLIPText
 from .layers import Layers, Sequence
-from .transformer import Encoder
+from .transformer import TransformerEncoder
 
 Images = Float[Array, "b h w 3"]
 
 
 class PatchEmbeddings(nnx.Module):
-    """A learned vector and a linear map of each patch, plus the vectors of the positions."""
+    """A learned class vector and a linear map of every patch, plus the vectors of the positions."""
 
     def __init__(self, config: VisionConfig, layers: Layers, bias: bool):
         width, size = config.hidden_size, config.patch_size
@@ -39,7 +39,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-    """`vision(pixels [b, size, size, 3]) -> [b, e]`: the class vector after the last layer, normed.
+    """`vision(pixels [b, size, size, 3]) -> [b, e]`: the class vector after the last layer and a norm.
 
     Radford et al. 2021, as transformers' `CLIPVisionModel`.
     """
@@ -48,7 +48,7 @@ class CLIPVision(nnx.Module):
         self.out_dtype = layers.param_dtype
         self.embeddings = PatchEmbeddings(config, layers, bias=False)
         self.pre_layrnorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)  # the name in the files
-        self.encoder = Encoder(config, layers, remat, causal=False)
+        self.encoder = TransformerEncoder(config, layers, remat, causal=False)
         self.post_layernorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixels: Images) -> Float[Array, "b e"]:
@@ -57,7 +57,7 @@ class CLIPVision(nnx.Module):
 
 
 class CLIPImages(nnx.Module):
-    """The vision tower and its projection alone: `features(pixels) -> [b, d]`."""
+    """The vision tower with its projection, without the text tower: `features(pixels) -> [b, d]`."""
 
     def __init__(
         self,
@@ -80,15 +80,15 @@ class CLIPImages(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers; `cosine(pixels, ids) -> [b]` says how well each image goes with the text of its row.
+    """Both towers; `cosine(pixels, ids) -> [b]` is the similarity of each image and the text of its row.
 
     Args:
         config: the architecture.
-        dtype: what is computed in; default: the parameters' type.
-        param_dtype: of the parameters.
-        remat: recompute the insides of every layer for the gradient.
-        attention: see `Layers`.
-        rngs: random numbers for the initial parameters.
+        dtype: type of the computation (default: the parameters' type).
+        param_dtype: type of the parameters.
+        remat: recompute every layer in the backward pass, to save memory.
+        attention: the function that computes attention; see `Layers`.
+        rngs: random keys of the initial parameters.
     """
 
     def __init__(
@@ -124,6 +124,6 @@ class CLIP(nnx.Module):
 
 
 def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Transitions divided by their length, in float32 at least."""
+    """Rows divided by their length, in float32 at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Descriptions of CLIP: read from transformers' `config.json`, or one of the two that reward models are made of."""
+"""Descriptions of CLIP, from transformers' `config.json` or for one of the two CLIPs of reward models."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ BOOKKEEPING = (
 class CLIPTextConfig:
     """`CLIPTextModel`, in transformers' names; the defaults are Stable Diffusion 1.5.
 
-    `eos_token_id=2` is what old files say and means "the largest token", as transformers does for them.
+    `eos_token_id=2`, as in old files, means the largest token, as it does for transformers.
     """
 
     vocab_size: int = 49408
@@ -120,7 +120,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, and the length of the vectors that they are compared by; the defaults are CLIP ViT-L/14."""
+    """Both towers, and the length of the feature vectors; the defaults are CLIP ViT-L/14."""
 
     text: CLIPTextConfig = CLIPTextConfig()
     vision: VisionConfig = VisionConfig()
@@ -139,7 +139,7 @@ VIT_H_14 = CLIPConfig(
 
 
 def read_clip_config(path: Path) -> CLIPConfig:
-    """The description in the `config.json` of a `CLIPModel`; errors name the file, the entry, its value and what is supported."""
+    """Read the description in the `config.json` of a `CLIPModel`. Errors name the file, the entry, its value and the supported values."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -150,7 +150,7 @@ def read_clip_config(path: Path) -> CLIPConfig:
 
 
 def parse_clip_config(values: Mapping[str, Any]) -> CLIPConfig:
-    """The same from a dictionary."""
+    """Read a description from a dictionary; see `read_clip_config`."""
     if values.get("model_type") != "clip":
         raise ValueError(f"model_type={values.get('model_type')!r} is not supported: it must be 'clip'.")
     dim = values.get("projection_dim", 512)
@@ -160,7 +160,7 @@ def parse_clip_config(values: Mapping[str, Any]) -> CLIPConfig:
 
 
 def _tower(values: Mapping[str, Any], name: str, cls: Any) -> Any:
-    """One tower; what old files repeat in `<name>_dict` must agree."""
+    """The description of one tower. Old files repeat entries in `<name>_dict`; they must agree."""
     tower, again = values.get(name) or {}, values.get(f"{name}_dict") or {}
     for entry, value in again.items():
         if entry not in BOOKKEEPING and tower.get(entry, value) != value:

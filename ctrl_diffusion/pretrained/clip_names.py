@@ -1,4 +1,4 @@
-"""What the tensors of CLIP are called in files, and how they lie there: transformers' files and OpenAI's."""
+"""Names and axes of CLIP's tensors in the files of transformers and of OpenAI."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ OPENAI = (
 
 
 def clip_text(positions: int) -> Names:
-    """Names of a text encoder with so many positions."""
+    """Names of a text encoder with `positions` positions."""
     return Names(
         renamed=((r"\bto_([qkv])\b", r"\1_proj"), (r"\bto_out\b", "out_proj")),
         older=((r"^text_model\.", ""),),
@@ -40,7 +40,7 @@ def clip_text(positions: int) -> Names:
 
 
 def clip(config: CLIPConfig) -> Names:
-    """Names of CLIP: those of transformers today, and OpenAI's."""
+    """Names of CLIP in the files of transformers and of OpenAI."""
     positions = {"text_model": config.text.max_position_embeddings, "vision_model": config.vision.patches + 1}
     return Names(
         renamed=((r"\bto_([qkv])\b", r"\1_proj"), (r"\bto_out\b", "out_proj")),
@@ -50,7 +50,7 @@ def clip(config: CLIPConfig) -> Names:
 
 
 def openai_tensors(found: Mapping[str, Stored]) -> dict[str, Stored]:
-    """OpenAI's tensors in the shapes of transformers: projections transposed, queries, keys and values apart."""
+    """OpenAI's tensors in the shapes of transformers: projections are transposed, queries, keys and values separated."""
     tensors: dict[str, Stored] = {}
     for name, stored in found.items():
         prefix, joint, kind = name.rpartition(".in_proj_")

@@ -10,18 +10,18 @@ from jaxtyping import Array, Float, Int
 from .attention import AttentionFn
 from .clip_config import CLIPTextConfig
 from .layers import Layers, Sequence
-from .transformer import Encoder
+from .transformer import TransformerEncoder
 
 
 class TextFeatures(NamedTuple):
-    """`last_hidden_state [b, n, e]` is what Stable Diffusion attends to; `pooled [b, e]` is its row at the end of the text."""
+    """`last_hidden_state [b, n, e]`, which Stable Diffusion attends to, and `pooled [b, e]`, its row at the end of the text."""
 
     last_hidden_state: Sequence
     pooled: Float[Array, "b e"]
 
 
 class Embeddings(nnx.Module):
-    """The token's vector plus the position's."""
+    """The vector of the token plus the vector of its position."""
 
     def __init__(self, config: CLIPTextConfig, layers: Layers):
         embed = dict(dtype=layers.dtype, param_dtype=layers.param_dtype, rngs=layers.rngs)
@@ -35,16 +35,16 @@ class Embeddings(nnx.Module):
 class CLIPText(nnx.Module):
     """`text_encoder(ids [b, n]) -> TextFeatures`, float32 features of token ids.
 
-    Radford et al. 2021, as transformers' `CLIPTextModel`. Attention is causal and nothing is masked: padding after the end of
-    the text is encoded, too, and Stable Diffusion attends to it.
+    Radford et al. 2021, as transformers' `CLIPTextModel`. Attention is causal and there is no mask: padding after the end of the
+    text is encoded, too, and Stable Diffusion attends to it.
 
     Args:
         config: the architecture.
-        dtype: what is computed in; default: the parameters' type.
-        param_dtype: of the parameters.
-        remat: recompute the insides of every layer for the gradient.
-        attention: see `Layers`.
-        rngs: random numbers for the initial parameters.
+        dtype: type of the computation (default: the parameters' type).
+        param_dtype: type of the parameters.
+        remat: recompute every layer in the backward pass, to save memory.
+        attention: the function that computes attention; see `Layers`.
+        rngs: random keys of the initial parameters.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CLIPText(nnx.Module):
         layers = Layers(rngs, dtype, param_dtype, attention)
         self.config, self.dtype, self.out_dtype = config, dtype, param_dtype
         self.embeddings = Embeddings(config, layers)
-        self.encoder = Encoder(config, layers, remat)
+        self.encoder = TransformerEncoder(config, layers, remat)
         self.final_layer_norm = layers.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids: Int[Array, "b n"]) -> TextFeatures:

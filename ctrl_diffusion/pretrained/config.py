@@ -1,8 +1,7 @@
-"""Descriptions of the networks, read from their `config.json`: whatever is not implemented is refused by name and value.
+"""Descriptions of networks, read from their `config.json`. An entry that is not implemented raises an error with its name and value.
 
-Each class has the entries that are free; `fixed` lists those that must have one of the given values (the first is what a file
-without the entry means), and `ignored` those that change nothing here. An entry in none of the three is refused unless it is
-null.
+The fields of a class are the free entries. `fixed` lists entries that must have one of the given values; the first value also holds for
+a missing entry. `ignored` lists entries without effect. Any other entry is refused unless it is null.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ Fixed = Mapping[str, tuple[Any, ...]]
 
 
 def read_config(cls: type[Config], path: Path) -> Config:
-    """The description in a `config.json`; errors name the file, the entry, its value and what is supported."""
+    """Read the description in a `config.json`. Errors name the file, the entry, its value and the supported values."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -28,7 +27,7 @@ def read_config(cls: type[Config], path: Path) -> Config:
 
 
 def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The same from a dictionary."""
+    """Read a description from a dictionary; see `read_config`."""
     description: Any = cls
     free = {field.name: field.type for field in dataclasses.fields(description)}
     fixed, arguments = description.fixed, dict(description.absent)
@@ -50,7 +49,7 @@ def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """What to write into a `config.json`: every free and every fixed entry."""
+    """The entries to write into a `config.json`: all free and all fixed entries."""
     return {name: values[0] for name, values in config.fixed.items()} | dataclasses.asdict(config)
 
 
@@ -83,7 +82,7 @@ def _spell(annotation: Any) -> str:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value from a JSON file is of the annotated type; an int may stand for a float, a bool not for an int."""
+    """Whether a value from a JSON file has the annotated type. An int counts as a float; a bool does not count as an int."""
     if get_origin(annotation) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(annotation))
     if get_origin(annotation) is tuple:

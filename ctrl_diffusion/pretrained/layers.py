@@ -1,8 +1,7 @@
-"""Layers that networks are built of, on images `[b, h, w, c]` and sequences `[b, n, c]`.
+"""Layers of networks, on images `[b, h, w, c]` and sequences `[b, n, c]`.
 
-Parameters are float32. `dtype` is what convolutions and matrix products are computed in; norms and softmaxes reduce in float32
-whatever it is. Modules are named after the tensors of published files, so that a path in a module is a name in a file up to
-the few renamings of its `Names`.
+Parameters are float32 by default. Convolutions and matrix products are computed in `dtype`. Norms and softmaxes always reduce in float32.
+Modules are named after the tensors of published files: a path in a module is a name in a file, up to the few renamings of its `Names`.
 """
 
 import functools
@@ -26,14 +25,14 @@ erf_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x sigmoid(1.702 x)`, OpenAI CLIP's stand-in for GELU."""
+    """`x sigmoid(1.702 x)`, OpenAI CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 class Layers(NamedTuple):
     """Makes layers that compute in `dtype`, with random parameters from `rngs`.
 
-    `attention` is the function under all heads, `flash_attention` for NVIDIA devices and bfloat16.
+    `attention` is the function that computes all attention of a network; use `flash_attention` for NVIDIA devices and bfloat16.
     """
 
     rngs: nnx.Rngs
@@ -47,7 +46,7 @@ class Layers(NamedTuple):
     def conv(
         self, inputs: int, outputs: int, size: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
     ) -> nnx.Conv:
-        """A square kernel; `padding`: pixels (before, after) on both axes, default `size // 2` on either side."""
+        """A convolution with a square kernel; `padding` is pixels (before, after) on both axes (default: `size // 2` on each side)."""
         before, after = (size // 2, size // 2) if padding is None else padding
         return nnx.Conv(
             inputs,
@@ -94,5 +93,5 @@ def timestep_features(timesteps: Float[Array, " b"], width: int, flip: bool, shi
 
 
 def recomputed(block: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """`block`, the insides of which are recomputed for the gradient if `remat`."""
+    """`block`; if `remat`, it is recomputed in the backward pass."""
     return jax.checkpoint(lambda *arguments: block(*arguments)) if remat else block

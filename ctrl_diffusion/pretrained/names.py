@@ -1,4 +1,4 @@
-"""What the tensors of the networks are called in files, and how they lie there."""
+"""Names of the networks' tensors in files, and the order of their axes there."""
 
 import re
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}  # [in, out] -> [out
 class Names(NamedTuple):
     """The names of one network's tensors.
 
-    `renamed`: from a path in the module to what is written today. `older`: from what older files say to what is written today.
-    `constants`: tensors that hold no parameter, with the only value that they may have; they can be absent.
+    `renamed` maps paths in the module to today's names. `older` maps names of older files to today's names. `constants` are tensors that
+    are no parameters, with the only value that they may have; a file may leave them out.
     """
 
     renamed: Renamings
@@ -24,11 +24,11 @@ class Names(NamedTuple):
     constants: tuple[tuple[str, np.ndarray], ...] = ()
 
     def module(self, path: Path) -> str:
-        """Today's name of the module that lies at a path (adapters name modules so, too)."""
+        """Today's name of the module at a path; adapters use it, too."""
         return _rename(".".join(map(str, path)), self.renamed)
 
     def tensor(self, path: Path) -> str:
-        """Today's name of the parameter that lies at a path."""
+        """Today's name of the parameter at a path."""
         module, leaf = self.module(path[:-1]), LEAVES.get(path[-1], str(path[-1]))
         return f"{module}.{leaf}" if module else leaf
 
@@ -44,7 +44,7 @@ def _rename(name: str, renamings: Renamings) -> str:
 
 
 def to_file(path: Path, array: np.ndarray) -> np.ndarray:
-    """A parameter as it lies in a file."""
+    """A parameter with the axes of a file."""
     return array.transpose(AXES.get((path[-1], array.ndim), range(array.ndim)))
 
 

@@ -1,4 +1,4 @@
-"""A network from and to its folder, as transformers and diffusers write one: `config.json` and safetensors files."""
+"""Reads and writes the folder of a network as transformers and diffusers do: `config.json` and safetensors files."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ Network = TypeVar("Network", bound=nnx.Module)
 
 
 class Kind(NamedTuple):
-    """What belongs to a class of networks: its description, the stem of its files and the names in them."""
+    """The description of a class of networks, the stem of its files, and the names in them."""
 
     config: Any
     stem: str
@@ -50,18 +50,18 @@ def read_network(
     cast: bool = False,
     sharding: Placement | None = None,
 ) -> Network:
-    """A network from the folder of its `config.json` and safetensors files.
+    """Read a network from the folder of its `config.json` and safetensors files.
 
     Args:
-        cls: the network, made by `cls(config, dtype=..., param_dtype=..., remat=..., attention=..., rngs=...)`.
-        kind: what belongs to it.
+        cls: the class, called as `cls(config, dtype=..., param_dtype=..., remat=..., attention=..., rngs=...)`.
+        kind: its description and names.
         folder: for example `stable-diffusion-v1-5/vae`.
-        dtype: what is computed in; default: the parameters' type.
-        param_dtype: of the parameters. Files of another type are refused unless `cast`.
+        dtype: type of the computation (default: the parameters' type).
+        param_dtype: type of the parameters. Files of another type are refused unless `cast`.
         remat, attention: see `cls`.
         cast: convert files of another floating-point type to `param_dtype`.
-        sharding: `sharding(name, shape)` says where the parameter `name`, for example `encoder.conv_in.kernel`, is put;
-            `None`: on the default device.
+        sharding: `sharding(name, shape)` is the place of the parameter `name`, for example `encoder.conv_in.kernel`;
+            `None`: the default device.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -77,11 +77,11 @@ def read_network(
 
 
 def write_network(network: Any, kind: Kind, folder: Path) -> None:
-    """Write `config.json` and one safetensors file into a folder that exists; `network.config` is the description."""
+    """Write `config.json` and one safetensors file into an existing folder. `network.config` is the description."""
     write_json(folder / "config.json", config_values(network.config))
     save_parameters(network, folder / f"{kind.stem}.safetensors", kind.names(network.config))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """`values` as diffusers and transformers lay them out: two blanks deep, in the order of the alphabet."""
+    """Write `values` as diffusers and transformers do: indented by two blanks, in alphabetical order."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

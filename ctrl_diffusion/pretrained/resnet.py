@@ -12,7 +12,7 @@ class ResNetBlock(nnx.Module):
     """`skip(h) + conv(silu(norm(conv(silu(norm(h))) + dense(silu(time)))))`; `skip` is a 1x1 convolution if channels change.
 
     Args:
-        time: width of the time embedding; 0 for a block without.
+        time: width of the time embedding; 0 for a block without one.
     """
 
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, eps: float, layers: Layers):
@@ -32,7 +32,7 @@ class ResNetBlock(nnx.Module):
 
 
 class PixelAttention(nnx.Module):
-    """`h` plus self-attention over its pixels with one head."""
+    """`h` plus self-attention over its pixels, with one head."""
 
     def __init__(self, channels: int, groups: int, layers: Layers):
         self.group_norm = layers.group_norm(channels, groups, eps=1e-6)
@@ -44,5 +44,5 @@ class PixelAttention(nnx.Module):
 
 
 def upsample(h: Images, height: int, width: int) -> Float[Array, "b H W c"]:
-    """Nearest neighbour at twice the resolution, cut to `height` and `width` (the next finer image may have an odd side)."""
+    """Nearest-neighbour upsampling by two, cut to `height` and `width`, since the next finer image may have an odd side."""
     return jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)[:, :height, :width]

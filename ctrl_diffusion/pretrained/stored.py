@@ -1,4 +1,4 @@
-"""Tensors in files, not read yet, and views of them in the names and shapes that networks have."""
+"""Tensors in files that are not read yet, and views of them with the names and shapes of networks."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from .names import Names
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, not read yet: `read()` does; `dtype` in safetensors' words."""
+    """A tensor in a file. `read()` reads it; `dtype` is safetensors' name of its type."""
 
     file: Path
     name: str
@@ -21,7 +21,7 @@ class Stored(NamedTuple):
 
 
 def by_todays_names(found: Mapping[str, Stored], names: Names) -> dict[str, Stored]:
-    """Tensors of a file by what they are called today."""
+    """Tensors of a file by their names of today."""
     renamed: dict[str, Stored] = {}
     for name, stored in found.items():
         today = names.today(name)
@@ -32,7 +32,7 @@ def by_todays_names(found: Mapping[str, Stored], names: Names) -> dict[str, Stor
 
 
 def viewed(stored: Stored, shape: tuple[int, ...], view: Callable[[np.ndarray], np.ndarray]) -> Stored:
-    """A tensor that is a view of a stored one."""
+    """A view of a stored tensor, with another name and shape."""
     return stored._replace(shape=shape, read=lambda: view(stored.read()))
 
 
@@ -42,7 +42,7 @@ def transposed(stored: Stored) -> Stored:
 
 
 def thirds(stored: Stored) -> tuple[Stored, Stored, Stored]:
-    """Queries, keys and values, which lie in one tensor one after the other."""
+    """Queries, keys and values of a tensor that holds all three, one after the other."""
     rows = stored.shape[0] // 3
     if stored.shape[0] % 3:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, and prompts to token ids."""
+"""CLIP's tokenizer, and the conversion of prompts to token ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ..folders import StrPath
 
 
 def load_tokenizer(folder: StrPath) -> Any:
-    """CLIP's tokenizer, transformers' `CLIPTokenizer`; nothing is fetched."""
+    """Load CLIP's tokenizer, transformers' `CLIPTokenizer`, from a folder; nothing is fetched."""
     from transformers import CLIPTokenizer  # takes seconds to import
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -19,7 +19,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int = 77, *, trunca
     """Token ids, int32 `[b, length]`: begin of text, the prompt, end of text, and the tokenizer's padding.
 
     Args:
-        truncate: cut longer prompts off instead of refusing them.
+        truncate: truncate longer prompts; else they raise `ValueError`.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts!r} must be a sequence of strings: pass [prompts].")

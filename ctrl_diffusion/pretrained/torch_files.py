@@ -1,8 +1,8 @@
-"""Files of `torch.save` (`.pt`, `.pth`, `.bin`), read without torch and without running what is pickled in them.
+"""Reads files of `torch.save` (`.pt`, `.pth`, `.bin`) without torch, and without running pickled code.
 
-Such a file is a zip archive: one pickle says which tensors there are, and each storage, the bytes under one or more tensors,
-is an entry of its own. A pickle is a program that may call any function it can name. Here it can name the dozen of `KNOWN`, which
-build descriptions of tensors; every other name is refused before anything of that name is looked up.
+Such a file is a zip archive. One pickle describes the tensors. Each storage, the bytes of one or more tensors, is an entry of its own. A
+pickle is a program that can call any function by name. Here it can only use the dozen names of `KNOWN`, which build descriptions of
+tensors. Any other name is refused before it is looked up.
 """
 
 import collections
@@ -49,7 +49,7 @@ OLD_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how t
 
 
 class Storage(NamedTuple):
-    """The bytes under tensors: `length` numbers of a type, in the archive's entry `data/<key>`."""
+    """The bytes of tensors: `length` numbers of a type, in the archive's entry `data/<key>`."""
 
     kind: str
     key: str
@@ -57,7 +57,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A strided view of a storage; all in numbers, not bytes."""
+    """A strided view of a storage. Offset and strides count numbers, not bytes."""
 
     storage: Storage
     offset: int
@@ -66,7 +66,7 @@ class Tensor(NamedTuple):
 
 
 class Known:
-    """What a name in the pickle stands for. A pickle can call it, and cannot change it."""
+    """The object that replaces a name in the pickle. A pickle can call it but not change it."""
 
     __slots__ = ("_call",)
 
@@ -95,7 +95,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tens
 
 
 def _nothing(*_: Any) -> None:
-    """For what says nothing about the numbers, such as a device."""
+    """Replaces names that do not affect the numbers, such as a device."""
 
 
 KNOWN: Mapping[tuple[str, str], Known] = {
@@ -111,7 +111,7 @@ KNOWN: Mapping[tuple[str, str], Known] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names of `KNOWN`, and storages by the class that the pickle names for them."""
+    """An unpickler for the names of `KNOWN` and for storages."""
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -133,14 +133,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(file: Path, *inside: str) -> dict[str, Stored]:
-    """The tensors of a file by name, not read yet.
+    """The tensors of a file by name. They are not read yet.
 
     Args:
-        file: written by `torch.save`, version 1.6 or later.
-        inside: keys of the dictionary in which the tensors are, for example `"state_dict"`; default: the file's outermost.
+        file: a file of `torch.save`, version 1.6 or later.
+        inside: keys that lead to the dictionary of tensors, for example `"state_dict"` (default: the outermost dictionary).
 
     Raises:
-        ValueError: if the file is truncated, of another format, or asks for anything but tensors and containers of them.
+        ValueError: if the file is truncated, has another format, or holds anything but tensors and containers of tensors.
     """
     file = Path(file)
     if not file.is_file():
@@ -161,7 +161,7 @@ def read_torch_file(file: Path, *inside: str) -> dict[str, Stored]:
 
 
 def _unpickled(file: Path) -> tuple[Any, str, dict[str, int]]:
-    """What is pickled, the folder of the archive that everything is in, and the size of every entry."""
+    """The pickled object, the folder inside the archive, and the size of every entry."""
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as opened:
             old = opened.read(len(OLD_MAGIC)) == OLD_MAGIC
@@ -191,7 +191,7 @@ def _root(sizes: Mapping[str, int]) -> str:
 
 
 def _leaves(file: Path, tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """All tensors below nested dictionaries and lists, by dotted name; other leaves are passed over."""
+    """All tensors in nested dictionaries and lists, by dotted name. Other leaves are ignored."""
     if len(path) > 50:
         raise ValueError(f"{file}: more than 50 containers lie in each other, below {'.'.join(path[:5])!r}.")
     if isinstance(tree, Tensor):
@@ -219,7 +219,7 @@ def _stored(file: Path, root: str, sizes: Mapping[str, int], name: str, tensor: 
 
 
 def _read(file: Path, entry: str, dtype: np.dtype, tensor: Tensor) -> np.ndarray:
-    """One tensor; memory holds its storage meanwhile."""
+    """Read one tensor. Its whole storage is in memory meanwhile."""
     try:
         with zipfile.ZipFile(file) as archive:
             numbers = np.frombuffer(archive.read(entry), dtype)

@@ -1,4 +1,4 @@
-"""Attention with projections, and the transformer that the towers of CLIP and BLIP are."""
+"""Attention with projections, and the transformer of the towers of CLIP and BLIP."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ Config = Any  # `CLIPTextConfig`, or another description with the same entries: 
 
 
 class Attention(nnx.Module):
-    """`out(concat over heads of softmax(q k^T / sqrt(d)) v)`; queries from `x`, keys and values from `context`.
+    """`out(concat over heads of softmax(q k^T / sqrt(d)) v)`, with queries from `x`, keys and values from `context`.
 
     Args:
-        width: of `x` and of all heads together, so that a head has `d = width / heads`.
+        width: width of `x`, and of all heads together: a head has `d = width / heads`.
         context: width of the context.
-        bias: whether the three input projections have one; the output projection always has.
-        causal: position `n` sees the context up to `n` alone.
+        bias: whether the three input projections have a bias; the output projection always has one.
+        causal: position `n` attends to the context up to `n` only.
         upcast: compute the heads in float32.
     """
 
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         self.to_out = layers.linear(width, width)
 
     def __call__(self, x: Sequence, context: Float[Array, "b m e"], seen: Bool[Array, "b m"] | None = None) -> Sequence:
-        """`seen`: which positions of the context count; default: all."""
+        """`seen`: the positions of the context that are attended to (default: all)."""
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
         options = {} if seen is None else dict(mask=seen[:, None, None, :])
         heads = self.attention(q, k, v, is_causal=self.causal, **options)
@@ -79,8 +79,8 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nnx.Module):
-    """The stack of layers; `causal`: position `n` sees those up to `n` alone."""
+class TransformerEncoder(nnx.Module):
+    """The stack of layers. If `causal`, position `n` attends to positions up to `n` only."""
 
     def __init__(self, config: Config, layers: Layers, remat: bool, causal: bool = True):
         self.remat = remat

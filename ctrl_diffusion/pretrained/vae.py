@@ -70,7 +70,7 @@ class VAEConfig:
 
 
 class Posterior(NamedTuple):
-    """A Gaussian with independent entries: the encoder's law of the latents `[b, h, w, c]` given the image."""
+    """The law of the latents `[b, h, w, c]` given the image, a Gaussian with independent entries."""
 
     mean: Images
     logvar: Images
@@ -82,7 +82,7 @@ def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int, layers: L
 
 
 class EncoderBlock(nnx.Module):
-    """ResNet blocks, then half the resolution: a stride of 2 over an image padded by one pixel at the right and bottom alone."""
+    """ResNet blocks, then a convolution to half the resolution: stride 2, padded by one pixel at the right and bottom only."""
 
     def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
         channels, last = config.block_out_channels, i == len(config.block_out_channels) - 1
@@ -97,7 +97,7 @@ class EncoderBlock(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """ResNet blocks at resolution `i` (0 the finest), then twice the resolution."""
+    """ResNet blocks at resolution `i` (0 is the finest), then upsampling to twice the resolution."""
 
     def __init__(self, config: VAEConfig, i: int, layers: Layers, remat: bool):
         channels, coarsest = config.block_out_channels, len(config.block_out_channels) - 1
@@ -113,7 +113,7 @@ class DecoderBlock(nnx.Module):
         return h if self.upsampler is None else self.upsampler(upsample(h, 2 * h.shape[1], 2 * h.shape[2]))
 
 
-class MidBlock(nnx.Module):
+class VAEMidBlock(nnx.Module):
     """A ResNet block, self-attention and a ResNet block at the coarsest resolution."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
@@ -128,14 +128,14 @@ class MidBlock(nnx.Module):
         return h
 
 
-class Encoder(nnx.Module):
+class VAEEncoder(nnx.Module):
     """Images to the parameters of the posterior, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
         channels = config.block_out_channels
         self.conv_in = layers.conv(config.in_channels, channels[0])
         self.down_blocks = nnx.List([EncoderBlock(config, i, layers, remat) for i in range(len(channels))])
-        self.mid_block = MidBlock(config, layers, remat)
+        self.mid_block = VAEMidBlock(config, layers, remat)
         self.conv_norm_out = layers.group_norm(channels[-1], config.norm_num_groups, EPS)
         self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels)
 
@@ -146,13 +146,13 @@ class Encoder(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(h))))
 
 
-class Decoder(nnx.Module):
+class VAEDecoder(nnx.Module):
     """Latents after `post_quant_conv` to images."""
 
     def __init__(self, config: VAEConfig, layers: Layers, remat: bool):
         channels = config.block_out_channels
         self.conv_in = layers.conv(config.latent_channels, channels[-1])
-        self.mid_block = MidBlock(config, layers, remat)
+        self.mid_block = VAEMidBlock(config, layers, remat)
         self.up_blocks = nnx.List([DecoderBlock(config, i, layers, remat) for i in reversed(range(len(channels)))])
         self.conv_norm_out = layers.group_norm(channels[0], config.norm_num_groups, EPS)
         self.conv_out = layers.conv(channels[0], config.out_channels)
@@ -165,18 +165,18 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Images `[b, H, W, 3]` in [-1, 1] to latents `[b, h, w, 4]` and back; Stable Diffusion's latents are an eighth as high.
+    """The autoencoder between images `[b, H, W, 3]` in [-1, 1] and latents `[b, h, w, 4]`; for Stable Diffusion `h = H / 8`.
 
-    Kingma and Welling 2014, Rombach et al. 2022, as diffusers' `AutoencoderKL`. `encode` and `decode` are in the autoencoder's
-    own units; the diffusion model's latents are `config.scaling_factor` times those.
+    Kingma and Welling 2014, Rombach et al. 2022, as diffusers' `AutoencoderKL`. `encode` and `decode` use the autoencoder's own
+    units. The diffusion model's latents are `config.scaling_factor` times those.
 
     Args:
         config: the architecture.
-        dtype: what is computed in; default: the parameters' type.
-        param_dtype: of the parameters.
-        remat: recompute the encoder and the decoder block by block for the gradient.
-        attention: see `Layers`.
-        rngs: random numbers for the initial parameters.
+        dtype: type of the computation (default: the parameters' type).
+        param_dtype: type of the parameters.
+        remat: recompute every block in the backward pass, to save memory.
+        attention: the function that computes attention; see `Layers`.
+        rngs: random keys of the initial parameters.
     """
 
     def __init__(
@@ -191,13 +191,13 @@ class VAE(nnx.Module):
     ):
         layers = Layers(rngs, dtype, param_dtype, attention)
         self.config, self.dtype = config, dtype
-        self.encoder = Encoder(config, layers, remat)
+        self.encoder = VAEEncoder(config, layers, remat)
         self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, size=1)
         self.post_quant_conv = layers.conv(config.latent_channels, config.latent_channels, size=1)
-        self.decoder = Decoder(config, layers, remat)
+        self.decoder = VAEDecoder(config, layers, remat)
 
     def encode(self, images: Images) -> Posterior:
-        """The posterior of the latents; its `logvar` is cut off at -30 and 20, as by every writer of such models."""
+        """The posterior of the latents. Its `logvar` is clipped to [-30, 20], as in the reference implementations."""
         mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(images.dtype), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30, 20))
 
@@ -206,9 +206,9 @@ class VAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z)).astype(z.dtype)
 
     def to_latents(self, images: Images) -> Resized:
-        """The diffusion model's latents of images: the posterior's mean, scaled."""
+        """The diffusion model's latents of images, the scaled mean of the posterior."""
         return self.config.scaling_factor * self.encode(images).mean
 
     def to_images(self, latents: Images) -> Resized:
-        """Images of the diffusion model's latents."""
+        """Images from the diffusion model's latents."""
         return self.decode(latents / self.config.scaling_factor)

@@ -1,7 +1,7 @@
-"""Parameters between networks and safetensors files, one tensor at a time.
+"""Reads and writes parameters of networks in safetensors files, one tensor at a time.
 
-Every tensor of a file is used exactly once. Files and tensors are named in errors, and all names, shapes and types are checked
-before the first tensor is read.
+Every tensor of a file is used exactly once. All names, shapes and types are checked before the first tensor is read, and errors name files
+and tensors.
 """
 
 import functools
@@ -28,7 +28,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def find_files(folder: Path, stem: str) -> list[Path]:
-    """`<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` lists; nothing else in the folder counts."""
+    """`<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` lists. Other files of the folder are ignored."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -53,7 +53,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def read_headers(folder: Path, stem: str, names: Names) -> dict[str, Stored]:
-    """All tensors of a network's files by today's names."""
+    """The headers of a network's files: all tensors by today's names, not read yet."""
     found: dict[str, Stored] = {}
     files = find_files(folder, stem)
     for file in files:
@@ -85,20 +85,20 @@ def _tensors_of(file: Path) -> list[Stored]:
 
 
 def _read(file: Path, name: str) -> np.ndarray:
-    """A tensor. The file is opened anew for each, because pages once mapped count as this process's memory."""
+    """Read a tensor. The file is opened again for each one, because mapped pages count as memory of this process."""
     with safe_open(file, framework="numpy") as opened:
         return opened.get_tensor(name)
 
 
 class _OneKey(nnx.Rngs):
-    """Random numbers where only their shapes matter; counting them under a trace takes most of the time otherwise."""
+    """Random keys for shapes only. Without it, counting keys during tracing takes most of the time."""
 
     def params(self):
         return jax.random.key(0)
 
 
 def abstract_network(make: Callable[[nnx.Rngs], Network]) -> Network:
-    """The network that `make` makes, with `jax.ShapeDtypeStruct`s for parameters: nothing is drawn or stored."""
+    """The network that `make` returns, with `jax.ShapeDtypeStruct`s as parameters: nothing is drawn or stored."""
     return nnx.eval_shape(lambda: make(_OneKey(0)))
 
 
@@ -126,18 +126,21 @@ def filled(
     cast: bool = False,
     sharding: Placement | None = None,
 ) -> Network:
-    """The network that `make` describes, with the parameters found in files.
+    """The network that `make` describes, with the parameters of files.
 
-    No random parameters are made. Each tensor is read, transposed and placed
-    before the next is read: beyond the network itself, memory holds one tensor.
+    No random parameters are drawn. Each tensor is read, transposed and placed before the next is read; so memory holds one tensor besides
+    the network.
 
     Args:
-        make: makes the network with random parameters; it is evaluated for their shapes alone.
+        make: returns the network with random parameters; it is evaluated for their shapes only.
         found: all tensors of the files, by today's names.
-        where, description: what errors call the files, and what says which network they hold.
-        names: of the network's tensors.
-        cast: convert tensors of another floating-point type to the parameters' type instead of refusing them.
-        sharding: where each parameter goes; default: the default device.
+        where, description: names of the files and of the network's description in errors.
+        names: the names of the network's tensors.
+        cast: convert tensors of another floating-point type to the parameters' type; else they are refused.
+        sharding: where each parameter is placed (default: the default device).
+
+    Raises:
+        ValueError: if tensors are missing, superfluous, or have another shape or type.
     """
     graphdef, state = nnx.split(abstract_network(make))
     wanted = {names.tensor(path): (path, variable) for path, variable in nnx.to_flat_state(state)}

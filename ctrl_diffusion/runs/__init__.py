@@ -1,13 +1,13 @@
-"""Runs: a folder, logs, checkpoints and exact resume, the loops, the evaluation with its gap, devices and processes.
+"""Runs of algorithms: folders, logs, checkpoints, exact resume, training loops, evaluation, devices and processes.
 
     run = RunDirectory("runs/mine", settings={...})
-    model, _ = pretrain(run, model, data, key, ...)                      if it is not trained yet
+    model, _ = pretrain(run, model, data, key, ...)                      # only if the model is not pre-trained yet
     state, _ = finetune(run, algorithm, algorithm.init(model.params), key, iterations=100)
-    run.finish(evaluate(algorithm's objective, model.params, state.params, key))
+    run.finish(evaluate(objective, model.params, state.params, key))
     write_report(run.path)
 
-The same program again goes on where it was stopped, and repeats the uninterrupted run bit for bit. Everything is a function of plain
-arguments; nothing below this package knows of it.
+Start the same program again to resume a stopped run: it repeats the uninterrupted run bit for bit. All functions take plain arguments.
+No other module of the library imports this package.
 """
 
 from .checkpoints import Checkpoints as Checkpoints

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what a resume needs, complete or absent."""
+"""Checkpoints of a run. Each is complete or absent."""
 
 import contextlib
 import shutil
@@ -13,9 +13,8 @@ import orbax.checkpoint as ocp
 class Checkpoints:
     """Asynchronous, atomic checkpoints of one phase; the last two are kept.
 
-    `with` them, what is still being written when an error ends the block is written first.
-
-    With `use_previous` a checkpoint that cannot be read is deleted, and the one before it is used.
+    As a context manager it waits for unfinished writes at the end of the block, also after an error. With `use_previous`, a checkpoint
+    that cannot be read is deleted, and the one before it is used.
     """
 
     def __init__(self, path: Path, use_previous: bool = False):
@@ -24,19 +23,23 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(path.absolute(), options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Write in the background what `restore` gives back; `state` is copied before this returns.
+        """Write `state` and `notes` in the background; `state` is copied before this returns.
 
-        `OSError` if this or the last one cannot be written, as on a full disk: the one before it stays.
+        `OSError` if this checkpoint or the last one cannot be written, for example on a full disk. The checkpoint before it stays.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
         with self._errors_named():
             self._manager.save(step, args=args)
 
     def latest(self) -> int | None:
+        """The step of the last checkpoint, or `None`."""
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """`(step, state, notes)` of the last checkpoint, or `None`; `like` is a state of the same structure."""
+        """`(step, state, notes)` of the last checkpoint, or `None`; `like` is a state of the same structure.
+
+        `ValueError` if it cannot be read, unless `use_previous`.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -59,6 +62,7 @@ class Checkpoints:
         return step, restored["state"], restored["notes"]
 
     def close(self) -> None:
+        """Wait for unfinished writes; `OSError` if one fails."""
         with self._errors_named():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -69,7 +73,7 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self.close()
-        else:  # which is what the user is told of, whatever becomes of the checkpoint
+        else:  # the user is told of this error, and not of a second one from the checkpoint
             with contextlib.suppress(OSError), self._errors_named():
                 self._manager.wait_until_finished()
 
@@ -77,11 +81,11 @@ class Checkpoints:
     def _errors_named(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # those of the background come as many types
+        except Exception as error:  # background writes raise many types
             free = shutil.disk_usage(self.path).free / 2**20
             raise OSError(
                 f"a checkpoint cannot be written to {self.path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}). {free:.0f} "
-                "MiB are free there: if that is too little, make room. The same command goes on from the checkpoint before."
+                "MiB are free there: make room if that is too little, then run the same program again. It resumes from the one before."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The devices and processes that share a run: those of this machine, or those of many, by the same program."""
+"""The devices and processes that share a run, on one machine or on many."""
 
 from pathlib import Path
 
@@ -18,23 +18,23 @@ def start_devices(
     processes: int | None = None,
     process: int | None = None,
 ) -> Layout:
-    """Join the other processes, if so asked, and lay out a mesh. Call it before anything else of JAX.
+    """Make a layout over devices; with `distributed`, join the other processes first. Call it before any other function of JAX.
 
     Args:
-        count: how many devices to use (default: all that there are).
-        fsdp: so many devices share one copy of the parameters and of the optimiser's state (1: each has a copy of its own).
+        count: number of devices to use (default: all).
+        fsdp: number of devices that share one copy of the parameters and the optimiser's state (1: every device has its own copy).
         distributed: join the processes that run this program, one on each host. On TPU pods, under SLURM, Open MPI and Kubernetes
-            they find each other; elsewhere give the three arguments below.
+            they find each other. Elsewhere give the three arguments below.
         coordinator: address `host:port` of process 0.
         processes: number of processes.
         process: number of this process, from 0.
 
     Returns:
-        The layout for `Training(layout=...)` and for the functions of this package: that of one device, where there is one.
+        The layout, for `Training(layout=...)` and for the functions of this package.
 
     Raises:
-        ValueError: for some of the last three without the others or without `distributed`, for a `count` that there is not, and
-            for an `fsdp` that does not divide the devices.
+        ValueError: if only some of `coordinator`, `processes` and `process` are given, or without `distributed`; if there are fewer
+            devices than `count`; if `fsdp` does not divide the number of devices.
     """
     explicit = (coordinator, processes, process)
     if any(v is not None for v in explicit) and (not distributed or any(v is None for v in explicit)):
@@ -50,13 +50,13 @@ def start_devices(
     devices = devices[:count]
     if len(devices) == 1:
         if fsdp != 1:
-            raise ValueError(f"fsdp={fsdp} must be 1 on one device.")
+            raise ValueError(f"fsdp={fsdp} must be 1 on one device: there is nothing to divide parameters over.")
         return Layout()
     return Layout(make_mesh(fsdp, devices))
 
 
 def describe(layout: Layout, **batches: int) -> str:
-    """One line: the devices, and what each gets of batches that are given as a whole."""
+    """One line of text: the devices, and the share of each in the given batches."""
     kind = jax.devices()[0].device_kind
     if layout.mesh is None:
         return f"1 device ({kind})"
@@ -67,17 +67,17 @@ def describe(layout: Layout, **batches: int) -> str:
 
 
 def is_first() -> bool:
-    """Whether this process writes logs and results."""
+    """Whether this is the first process, which writes logs and results."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process is here; `what` is the same name on all of them."""
+    """Wait until every process has called this with the same name `what`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def exists_for_all(file: Path) -> bool:
-    """Whether the first process sees a file: the same answer for all, before any goes on to make it."""
+    """Whether the first process sees the file. All processes get its answer before any of them can write the file."""
     found = file.exists()
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(found))) if jax.process_count() > 1 else found

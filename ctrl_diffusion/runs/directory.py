@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, its logs, its checkpoints. Everything is appended or replaced as a whole."""
+"""The folder of a run: settings, logs, checkpoints and metrics. Every file is appended to or replaced as a whole."""
 
 import json
 import math
@@ -17,18 +17,18 @@ from .loggers import Logger, TensorBoard
 
 
 class RunDirectory:
-    """`config.json`, `history.jsonl`, `checkpoints/`, `metrics.json` and what loggers write, under one path.
+    """A folder with `config.json`, `history.jsonl`, `checkpoints/`, `metrics.json` and the files of loggers.
 
-    Of several processes the first writes (and all of them checkpoints, each its part); they must see the same folder.
+    Several processes must see the same folder. The first of them writes; of checkpoints each process writes its part.
 
     Args:
-        path: the folder, which is made.
-        settings: what identifies the run, as JSON has it: a folder that holds a run with others is refused.
+        path: the folder; it is made if it is missing.
+        settings: what identifies the run, values that JSON can hold. A folder with a run of other settings is refused.
         use_previous_checkpoint: delete a checkpoint that cannot be read, and resume from the one before.
-        loggers: where rows go besides `history.jsonl` (default: `TensorBoard()`).
+        loggers: get all rows besides `history.jsonl` (default: `TensorBoard()`).
 
     Raises:
-        ValueError: for a path that is a file, holds something else or holds a run with other settings. Nothing is written then.
+        ValueError: if the path is a file, holds other files, or holds a run with other settings. Nothing is written then.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class RunDirectory:
         ]
         if differences:
             raise ValueError(
-                f"{self.path} holds a run with other settings ({'; '.join(differences)}): choose another folder, or repeat "
-                "its settings to resume it."
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}): choose another folder, or use "
+                "the same settings to resume it."
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What identifies the run."""
+        """The settings of the run."""
         return json.loads((self.path / "config.json").read_text())
 
     @property
@@ -86,9 +86,11 @@ class RunDirectory:
         return json.loads(file.read_text()) if file.exists() else None
 
     def finished(self, see: str, redraw: Callable[[Path], Any] | None = None) -> dict[str, Any] | None:
-        """The metrics of a finished run, after a line which says so and which file of its folder to look at; else `None`.
+        """If the run is finished, print a line that says so and return its metrics; else return `None`.
 
-        `redraw(folder)` writes that file again where it is missing.
+        Args:
+            see: the file of the folder that the line refers to.
+            redraw: `redraw(folder)` writes that file again if it is missing.
         """
         metrics, file = self.metrics, self.path / see
         if metrics is None:
@@ -99,7 +101,7 @@ class RunDirectory:
         return metrics
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics, last of all: they mark a finished run. `ValueError` for a number that is not finite."""
+        """Write the metrics, which mark the run as finished. `ValueError` if a number is not finite."""
         if not is_first():
             return
         write_atomic(self.path / "metrics.json", json.dumps(dict(metrics), indent=2, allow_nan=False) + "\n")
@@ -107,7 +109,7 @@ class RunDirectory:
             logger.finish(metrics)
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows; a last one that is not whole, as a full disk or a power failure leaves it, is dropped."""
+        """The rows of the history. An incomplete last row, from a full disk or a power failure, is dropped."""
         file = self.path / "history.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         try:
@@ -117,16 +119,17 @@ class RunDirectory:
         return [json.loads(line) for line in lines[:-1]] + last
 
     def keep_history(self, phase: str, index: str, before: int) -> None:
-        """Drop rows of `phase` whose number `index` is `before` or more: they were logged after the checkpoint that is resumed."""
+        """Keep rows of `phase` whose number `index` is below `before`. The others were logged after the checkpoint that is resumed."""
         if not is_first():
             return
         rows = [row for row in self.history() if row["phase"] != phase or row[index] < before]
         write_atomic(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
-        """Append a row to `history.jsonl`, with null for numbers that are not finite, and tell the loggers of what is finite.
+        """Append a row to `history.jsonl`, and pass it to the loggers.
 
-        Arrays `[n, h, w, c]`, floats in [-1, 1] or bytes, are images: loggers get them as one picture, the history does not.
+        Numbers that are not finite are null in the history, and loggers do not get them. Arrays `[n, h, w, c]`, floats in [-1, 1] or
+        bytes, are images: loggers get them as one picture, and the history does not have them.
         """
         if not is_first():
             return
@@ -140,12 +143,12 @@ class RunDirectory:
             logger.log(phase, step, numbers, pictures)
 
     def close(self) -> None:
-        """What loggers have buffered is written."""
+        """Let loggers write their buffers."""
         for logger in self._loggers:
             logger.close()
 
     def checkpoints(self, phase: str) -> Checkpoints:
-        """Those of a phase of the run."""
+        """The checkpoints of a phase of the run."""
         return Checkpoints(self.path / "checkpoints" / phase, self._use_previous)
 
 

@@ -1,4 +1,4 @@
-"""What a policy is worth: reward, path KL, distance to the reweighted optimum, diversity."""
+"""Evaluation of policies: reward, path KL, gap to the reweighted optimum, diversity."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +14,14 @@ from ..objective import Objective
 from ..optimum import Estimate, Optimum, is_memoryless, mean_and_error, optimality_gap, reweighted_optimum
 from ..parallel import ONE_DEVICE, Layout, whole
 from ..process import Cond, DiffusionProcess
-from ..rewards import Reward, evaluate as evaluate_reward
+from ..rewards import Reward, compute_rewards
 from ..sampler import Sampler, path_actions, step_kl
 from ..solvers import sample_keys
 from .progress import ProgressBar
 
 
 class Samples(NamedTuple):
-    """Final states `[n, *x]`, their rewards `[n]`, and the path KL of each path (`None` where it is not defined)."""
+    """Final states `[n, *x]`, their rewards `[n]`, and the path KL of each path `[n]`, nats (`None` if it is not defined)."""
 
     x: np.ndarray
     rewards: np.ndarray
@@ -29,7 +29,7 @@ class Samples(NamedTuple):
 
 
 class Evaluator:
-    """Samples policies without exploration, always from the same keys, against one reference. Compiled once."""
+    """Samples policies without exploration, and compares them with one reference. It is compiled once for all policies."""
 
     def __init__(
         self,
@@ -40,9 +40,14 @@ class Evaluator:
         chunk: int,
         layout: Layout = ONE_DEVICE,
     ):
-        """`scales` are those of the path KL (`Sampler.chain_scales`), or `None` where no path KL is defined.
-
-        `chunk` samples, rounded up to a multiple of the devices, are drawn at a time, always: one compilation, bounded memory.
+        """
+        Args:
+            sampler: process, control, solver and grid.
+            reward: the reward of final states.
+            reference: parameters of the reference policy.
+            scales: scales of the path KL (`Sampler.chain_scales`), or `None` if no path KL is defined.
+            chunk: samples that are drawn at a time, rounded up to a multiple of the number of devices; it bounds memory.
+            layout: the devices that share the work.
         """
         chunk = -(-chunk // layout.devices) * layout.devices
         self.reward, self.reference, self.scales, self.chunk, self.layout = reward, reference, scales, chunk, layout
@@ -67,11 +72,11 @@ class Evaluator:
         self._plain, self._with_kl = partial(plain, fixed), partial(with_kl, fixed)
 
     def reference_samples(self, key: jax.Array, n: int, cond: Cond = None) -> Samples:
-        """`n` samples of the reference: path KL zero, not computed."""
+        """`n` samples of the reference. Their path KL is zero and not computed."""
         return self._collect(lambda *rows: (self._plain(self.reference, *rows), None), key, n, cond, "reference")
 
     def samples(self, params: Any, key: jax.Array, n: int, cond: Cond = None, label: str = "evaluation") -> Samples:
-        """`n` samples of the policy `params` under conditions `[n, ...]`; the first `m` of them do not depend on `n`."""
+        """`n` samples of the policy `params` under conditions `[n, ...]`. Sample `i` does not depend on `n`."""
         if self.scales is None:
             return self._collect(lambda *rows: (self._plain(params, *rows), None), key, n, cond, label)
         return self._collect(lambda *rows: self._with_kl(params, self.reference, self.scales, *rows), key, n, cond, label)
@@ -87,7 +92,7 @@ class Evaluator:
                 x, kl = self.layout.paced(draw(*given))
                 keep = slice(0, min(chunk, n - i))
                 xs.append(whole(x)[keep])
-                rewards.append(whole(evaluate_reward(self.reward, x, given[1]))[keep])
+                rewards.append(whole(compute_rewards(self.reward, x, given[1]))[keep])
                 if kl is not None:
                     kls.append(whole(kl)[keep])
                 bar.update()
@@ -105,37 +110,40 @@ def evaluate(
     chunk: int = 1024,
     layout: Layout = ONE_DEVICE,
 ) -> dict[str, float | bool | None]:
-    """What a policy is worth, what the best one would be, and the gap between them, from new samples without exploration.
+    """Evaluate a policy, the optimum, and the gap between them, from new samples without exploration.
 
     Args:
-        objective: sampler, reward, price of path KL and conditions.
+        objective: sampler, reward, KL coefficient and conditions.
         reference: parameters of the pre-trained network.
         params: parameters of the policy.
-        key: of all samples.
-        samples: of the policy; at least 2.
-        reference_samples: that the optimum is estimated from; at least 2. Read it with `effective_sample_size`.
-        chunk: samples that are drawn together, by all devices; smaller ones take less memory.
-        layout: devices that share the work.
+        key: the random key of all samples.
+        samples: number of samples of the policy, at least 2.
+        reference_samples: number of samples that the optimum is estimated from, at least 2. Read the optimum with
+            `effective_sample_size`.
+        chunk: samples that all devices together draw at a time; it bounds memory.
+        layout: the devices that share the work.
 
     Returns:
-        `reward`, `path_kl` (nats), `objective` (`reward - kl_weight path_kl`), `optimality_gap` and `relative_gap` of the policy (1 at
-        the reference, 0 at the optimum), `reward_reference`, and of the best policy `optimum` (its objective), `optimum_reward`,
-        `optimum_path_kl`, `effective_sample_size` and `optimum_is_bound` (an upper bound: the reference remembers its start). Means
-        over samples, with standard errors under names that end in `_se`. What is not defined is `None`: the path KL and all that
-        depends on it where the sampler has no noise; the optimum and the gap also without a price, or where paths have conditions.
+        Means over samples, with standard errors under names that end in `_se`.
+        Of the policy: `reward`, `path_kl` (nats), `objective` (`reward - kl_weight path_kl`), `optimality_gap` (reward units) and
+        `relative_gap` (1 at the reference, 0 at the optimum). Of the reference: `reward_reference`. Of the optimal policy: `optimum` (its
+        objective), `optimum_reward`, `optimum_path_kl`, `effective_sample_size` and `optimum_is_bound` (whether it is an upper bound,
+        because the reference is not memoryless).
+        Undefined numbers are `None`. These are the path KL and all that depends on it if the sampler has no noise; the optimum and the
+        gap also without a KL penalty, or if paths have conditions.
 
     Raises:
-        TypeError: for a process with a running cost, which would be left out.
+        TypeError: for a process that is no `DiffusionProcess`: its running cost would be left out.
         ValueError: for fewer samples than two.
     """
     sampler, kl_weight = objective.sampler, objective.kl_weight
     if not isinstance(sampler.process, DiffusionProcess):
         raise TypeError(
-            f"evaluate knows no running cost, which {type(sampler.process).__name__} may have: use a DiffusionProcess."
+            f"evaluate ignores running costs, which {type(sampler.process).__name__} may have: use a DiffusionProcess."
         )
     if samples < 2 or reference_samples < 2:
         raise ValueError(
-            f"samples={samples} and reference_samples={reference_samples} must be at least 2: errors need several."
+            f"samples={samples} and reference_samples={reference_samples} must be at least 2: standard errors need several samples."
         )
     scales = objective.kl_scales if sampler.is_stochastic else None
     evaluator = Evaluator(sampler, objective.reward, reference, scales, chunk, layout)
@@ -146,11 +154,13 @@ def evaluate(
     optimum, start = None, mean_and_error(before.rewards)
     if kl_weight > 0 and objective.conditions is None and scales is not None:
         optimum = reweighted_optimum(before.rewards, kl_weight, is_bound=not is_memoryless(sampler.process))
-    return summary(after, optimum, start, kl_weight) | optimum_metrics(optimum, start, reference_samples)
+    return policy_metrics(after, optimum, start, kl_weight) | optimum_metrics(optimum, start, reference_samples)
 
 
-def summary(samples: Samples, optimum: Optimum | None, reference_reward: Estimate, kl_weight: float) -> dict[str, float | None]:
-    """Reward, path KL, objective and gap with standard errors; null where they are not defined."""
+def policy_metrics(
+    samples: Samples, optimum: Optimum | None, reference_reward: Estimate, kl_weight: float
+) -> dict[str, float | None]:
+    """Reward, path KL, objective and gap of a policy, with standard errors; undefined ones are `None`."""
     reward = mean_and_error(samples.rewards)
     result: dict[str, float | None] = {"reward": reward.mean, "reward_se": reward.se}
     names = ("path_kl", "objective", "optimality_gap", "relative_gap")
@@ -168,7 +178,7 @@ def summary(samples: Samples, optimum: Optimum | None, reference_reward: Estimat
 
 
 def optimum_metrics(optimum: Optimum | None, reference: Estimate, samples: int) -> dict[str, Any]:
-    """What is known of the best policy, and of the untrained one."""
+    """Objective, reward and path KL of the optimum, and the reward of the reference."""
     found: dict[str, Any] = {"reward_reference": reference.mean, "reward_reference_se": reference.se}
     found |= {"objective_reference": reference.mean, "optimum_samples": samples}
     if optimum is not None:

@@ -1,8 +1,8 @@
-"""Files that TensorBoard reads: numbers and pictures against steps.
+"""Event files for TensorBoard: numbers and pictures against steps.
 
-The format is written out here because the packages that write it load torch or TensorFlow where those are installed. A file is a
-sequence of records, each a length, its checksum, a message and its checksum; a message is a protocol buffer, `Event`, of which a few
-fields are needed.
+The format is implemented here because other packages for it load torch or TensorFlow if those are installed. A file is a sequence of
+records. A record is a length, its checksum, a message and its checksum. A message is a protocol buffer `Event`; few of its fields are
+needed.
 """
 
 import os
@@ -21,7 +21,7 @@ _RGB = 3
 
 
 class EventFile:
-    """One file of events in `folder`, which is made; every call is on the disk when it returns."""
+    """A file of events in `folder`, which is made if it is missing. Every call writes to the disk before it returns."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ class EventFile:
         self._write(_text(3, "brain.Event:2"))
 
     def add(self, step: int, numbers: Mapping[str, int | float], pictures: Mapping[str, np.ndarray]) -> None:
-        """Numbers, and pictures `[h, w, 3]` of bytes, by tag, at a step."""
+        """Write numbers, and pictures `[h, w, 3]` of bytes, by tag, at a step."""
         values = [_text(1, tag) + _key(2, _FIXED32) + struct.pack("<f", number) for tag, number in numbers.items()]
         values += [_text(1, tag) + _bytes(4, _picture(picture)) for tag, picture in pictures.items()]
         self._write(_key(2, _VARINT) + _varint(step) + _bytes(5, b"".join(_bytes(1, value) for value in values)))
@@ -53,7 +53,7 @@ def _picture(picture: np.ndarray) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the last byte has its highest bit clear."""
+    """Seven bits per byte, the lowest first. The highest bit is clear in the last byte only."""
     found = bytearray()
     while value > 0x7F:
         found.append(value & 0x7F | 0x80)
@@ -86,7 +86,7 @@ _CRC = _table()
 
 
 def _checksum(data: bytes) -> bytes:
-    """CRC-32C (Castagnoli), rotated and shifted as record files have it."""
+    """CRC-32C (Castagnoli), rotated and shifted as the format of records requires."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _CRC[(crc ^ byte) & 0xFF]

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: a reader never meets half of one."""
+"""Files that are replaced as a whole: a reader sees a complete file or none."""
 
 import io
 import os
@@ -10,9 +10,9 @@ import numpy as np
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes `content` to `path` (text as UTF-8): the old file stays whole until the new one replaces it.
+    """Write `content` to `path` (text as UTF-8). The old file stays complete until the new one replaces it.
 
-    The temporary file lies in the same folder, which must exist, and is removed when the write fails.
+    The temporary file is in the same folder, which must exist. It is removed if the write fails.
     """
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -31,7 +31,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays to `path` in numpy's compressed `.npz` format, atomically."""
+    """Write named arrays to `path` in numpy's compressed `.npz` format, atomically."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **dict(arrays))  # pyright: ignore[reportArgumentType]
     write_atomic(path, buffer.getvalue())

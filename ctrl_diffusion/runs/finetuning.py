@@ -1,4 +1,4 @@
-"""Fine-tuning as a loop that resumes."""
+"""The loop of fine-tuning, with logs, checkpoints and exact resume."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from .progress import ProgressBar
 
 
 class Progress(NamedTuple):
-    """Where fine-tuning stands: iterations done, seconds spent in them, and why it ended."""
+    """The iterations that are done, the seconds that they took, and the reason why the loop ended: "finished" or "kl budget"."""
 
     iterations: int
     seconds: float
@@ -36,31 +36,32 @@ def finetune(
     checkpoint_every: int = 10,
     kl_budget: float | None = None,
 ) -> tuple[State, Progress]:
-    """Iterate `algorithm`, with a log and checkpoints, or go on from the last checkpoint of the run.
+    """Iterate `algorithm`, with a log and checkpoints. If the run has a checkpoint, resume from the last one.
 
-    Iteration `i` draws from `fold_in(key, i)`, so that a run that was stopped and started again, by the same program, repeats the
-    uninterrupted one bit for bit. What was logged after the checkpoint is logged again.
+    Iteration `i` draws from `fold_in(key, i)`. A run that is stopped and resumed by the same program therefore repeats the uninterrupted
+    run bit for bit. Iterations after the checkpoint are logged again.
 
     Args:
-        run: the folder; rows are in the phase "finetune", one per iteration, with its metrics, `iteration` from 0 and `wall_seconds`.
-        algorithm: of any preset or of `ctrl_diffusion.compose`.
-        state: what to begin with, `algorithm.init(params, value_params)`.
-        key: of all iterations.
-        iterations: how many in all, those before a resume included.
-        evaluate: `evaluate(state)` adds its numbers (and images, see `RunDirectory.log`) to a row, outside the measured time.
-        observe: `observe(info)` adds its numbers to every row, outside the measured time.
+        run: the folder. Its history gets one row per iteration in the phase "finetune", with the iteration's metrics, `iteration` from 0
+            and `wall_seconds`.
+        algorithm: a preset, or a result of `ctrl_diffusion.compose`.
+        state: the initial state, `algorithm.init(params, value_params)`.
+        key: the random key of all iterations.
+        iterations: total number, including those before a resume.
+        evaluate: `evaluate(state)` returns numbers (and images, see `RunDirectory.log`) that are added to a row. Its time is not measured.
+        evaluate_every, checkpoint_every: iterations between evaluations and between checkpoints. The last iteration has both.
+        observe: `observe(info)` returns numbers that are added to every row. Its time is not measured.
         keep: `keep(iterations, state)` is called before every checkpoint.
-        evaluate_every, checkpoint_every: iterations between evaluations and checkpoints; both are made after the last, too.
-        kl_budget: stop once the path KL of an iteration's samples exceeds it, nats.
+        kl_budget: stop once the path KL of an iteration's samples exceeds this number, nats.
 
     Returns:
-        The last state, and how it came to it.
+        The last state, and the progress that led to it.
 
     Raises:
-        FloatingPointError: for a loss or gradient norm that is not finite; the last checkpoint stays.
+        FloatingPointError: if a loss or gradient norm is not finite; the last checkpoint stays.
         RewardError: if the reward fails; the state before that iteration is checkpointed.
         OSError: if a checkpoint cannot be written.
-        ValueError: if one cannot be read.
+        ValueError: if a checkpoint cannot be read, or a number is below 1.
     """
     for name, number in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
         if number < 1:
@@ -84,7 +85,7 @@ def finetune(
                 if checkpoints.latest() != done:
                     save()
                 checkpoints.close()
-                kept = "The state before this iteration is kept: the same command goes on from there."
+                kept = "The state before this iteration is kept: run the same program again to go on from there."
                 raise RewardError(f"iteration {done}: {error}. {kept}") from error
             row = _row(info, done)
             seconds += time.perf_counter() - begin
@@ -109,7 +110,7 @@ def _some(numbers: np.ndarray) -> str:
 
 
 def _row(info: Info, iteration: int) -> dict[str, Any]:
-    """Metrics as floats; a non-finite loss or gradient ends the run, with the last checkpoint untouched."""
+    """Metrics as floats; `FloatingPointError` if a loss or gradient is not finite."""
     row = {name: float(v) for name, v in jax.device_get(info.metrics).items()}
     bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not np.isfinite(row.get(name, 0.0))]
     if bad:

@@ -1,4 +1,4 @@
-"""Batches of images as one picture, and pictures as files; nothing but numpy and zlib."""
+"""Batches of images as one picture, and pictures as PNG files, with numpy and zlib only."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 def mosaic(images: np.ndarray) -> Float[np.ndarray, "h w 3"]:
     """Images `[n, h, w, c]`, floats in [-1, 1] or bytes, as one RGB picture in [0, 1]: about square, with white lines between them.
 
-    Three channels are colours; of any other number the mean is shown. What is not finite is shown as 0.
+    Three channels are colours; for any other number their mean is shown. Entries that are not finite are shown as 0.
     """
     bytes_given = np.asarray(images).dtype == np.uint8
     x = np.nan_to_num(np.asarray(images, np.float64))

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides its JSON lines. Of several processes only the first logs."""
+"""Loggers, which get the numbers of a run besides its JSON lines. Of several processes only the first logs."""
 
 import importlib
 import importlib.util
@@ -15,29 +15,29 @@ from .files import write_atomic
 
 @runtime_checkable
 class Logger(Protocol):
-    """What a `RunDirectory` tells its loggers; bring your own by these five methods."""
+    """The interface of loggers. To write your own, implement these four methods; `RunDirectory` calls them."""
 
     def start(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """The run's folder and settings, before anything is logged. It is called once, and not for a finished run."""
+        """Start a run with its folder and settings. It is called once, before anything is logged, and not for a finished run."""
 
     def log(self, phase: str, step: int, numbers: Mapping[str, int | float], pictures: Mapping[str, np.ndarray]) -> None:
-        """A row: finite numbers and pictures `[h, w, 3]` of bytes by name. A resumed run logs some steps again."""
+        """Log a row: finite numbers, and pictures `[h, w, 3]` of bytes, by name. A resumed run logs some steps again."""
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics, last of all."""
+        """Log the metrics of a finished run. Nothing is logged after them."""
 
     def close(self) -> None:
-        """Nothing is logged for now; what is buffered is written."""
+        """Write buffers: nothing is logged for now."""
 
 
 class TensorBoard:
-    """Event files in `folder / "tensorboard"`, for `tensorboard --logdir`; tags are `phase/name`. It needs no package."""
+    """Writes event files to `folder / "tensorboard"`, for `tensorboard --logdir`. Tags are `phase/name`. It needs no package."""
 
     def __init__(self):
         self._folder, self._file = None, None
 
     def start(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """The folder; a file is made by the first row."""
+        """Set the folder. The first row makes a file in it."""
         self._folder = folder / "tensorboard"
 
     def log(self, phase: str, step: int, numbers: Mapping[str, int | float], pictures: Mapping[str, np.ndarray]) -> None:
@@ -61,13 +61,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of Weights & Biases per folder, resumed with it; its files lie in `folder / "wandb"`.
+    """Logs to one run of Weights & Biases per folder, which is resumed with the folder. Files are in `folder / "wandb"`.
 
-    It needs the package `wandb`. Every phase has its own step, since a resumed run logs some steps again. Without an account set
+    It needs the package `wandb`. Every phase has its own step, because a resumed run logs some steps again. Without an account, set
     `WANDB_MODE=offline` in the environment.
 
     Args:
-        project: where it is logged to.
+        project: name of the project to log to.
 
     Raises:
         ValueError: if `wandb` is not installed.
@@ -80,7 +80,7 @@ class WeightsAndBiases:
         self._phases: set[str] = set()
 
     def start(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Begin or resume the run; `ValueError` if Weights & Biases refuses."""
+        """Start or resume the run; `ValueError` if Weights & Biases refuses."""
         identity = folder / "wandb" / "id.txt"
         identity.parent.mkdir(exist_ok=True)
         if not identity.exists():
@@ -95,7 +95,7 @@ class WeightsAndBiases:
             raise ValueError(f"project={self._project!r}: {error}. Run `wandb login`, or set WANDB_MODE=offline.") from error
 
     def log(self, phase: str, step: int, numbers: Mapping[str, int | float], pictures: Mapping[str, np.ndarray]) -> None:
-        """The numbers and pictures of a row, as `phase/name` against `phase/step`."""
+        """Log the numbers and pictures of a row, as `phase/name` against `phase/step`."""
         run, wandb = self._started()
         if phase not in self._phases:
             self._phases.add(phase)
@@ -105,13 +105,13 @@ class WeightsAndBiases:
         run.log({**row, f"{phase}/step": step})
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics as the run's summary; what is buffered is sent."""
+        """Log the metrics as the run's summary, and send what is buffered."""
         run, _ = self._started()
         run.summary.update(dict(metrics))
         run.finish()
 
     def close(self) -> None:
-        """Nothing: the package sends what it has in the background, and `finish` ends the run."""
+        """Do nothing: the package sends its buffer in the background, and `finish` ends the run."""
 
     def _started(self) -> tuple[Any, Any]:
         if self._run is None:

@@ -1,4 +1,4 @@
-"""Pre-training as a loop that resumes."""
+"""The loop of pre-training, with logs, checkpoints and exact resume."""
 
 import time
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ CHUNK = 500  # optimiser steps per compiled call of pre-training; one log row an
 
 
 class PretrainState(NamedTuple):
+    """Everything that a resume of pre-training needs."""
+
     params: Any
     average: Any
     optimizer: optax.OptState
@@ -36,26 +38,29 @@ def pretrain(
     learning_rate: float,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[DiffusionModel, float]:
-    """Denoising score matching with Adam, a cosine decay and a running average, or go on from the last checkpoint of the run.
+    """Train a model by denoising score matching. If the run has a checkpoint, resume from the last one.
 
-    Step `i` draws from `fold_in(key, i)`, so that a run that was stopped and started again repeats the uninterrupted one bit for bit.
+    The optimiser is Adam with a warm-up, a cosine decay and gradients clipped to norm 1. Step `i` draws from `fold_in(key, i)`; a resumed
+    run therefore repeats the uninterrupted run bit for bit.
 
     Args:
-        run: the folder; rows are in the phase "pretrain", one per 500 steps, with the mean `loss`, the `step` and `wall_seconds`.
-        model: what to begin with; its network need not be one of this library's.
+        run: the folder. Its history gets one row per 500 steps in the phase "pretrain", with the mean `loss`, the `step` and
+            `wall_seconds`.
+        model: the initial model; its network may be your own.
         x: the data, `[n, *shape of a sample]`, scaled to about [-1, 1].
-        key: of all steps.
-        steps: optimiser steps in all.
-        batch: samples per step, drawn with replacement; of all devices together.
-        learning_rate: peak of Adam's, after a warm-up of up to 100 steps; gradients are cut to norm 1.
-        layout: devices that share the run.
+        key: the random key of all steps.
+        steps: total number of optimiser steps.
+        batch: samples per step of all devices together, drawn with replacement.
+        learning_rate: the peak learning rate, after a warm-up of up to 100 steps.
+        layout: the devices that share the work.
 
     Returns:
-        The model with averaged parameters (decay 0.995 per step), and the seconds that the steps took in all.
+        The model with averaged parameters (decay 0.995 per step), and the seconds that all steps took.
 
     Raises:
-        FloatingPointError: for a loss that is not finite.
-        ValueError: for a batch that the devices cannot share evenly, or a checkpoint that cannot be read.
+        FloatingPointError: if the loss is not finite.
+        OSError: if a checkpoint cannot be written.
+        ValueError: if the devices cannot share the batch evenly, or a checkpoint cannot be read.
     """
     graphdef = nnx.graphdef(model.network)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps)

@@ -1,4 +1,4 @@
-"""How far a loop is: a bar on a terminal; elsewhere, as in the log file of a batch job, a line now and then."""
+"""The progress of a loop: a bar on a terminal; elsewhere, for example in the log of a batch job, a line now and then."""
 
 import sys
 import time
@@ -10,15 +10,15 @@ EVERY = 30.0  # seconds between two lines
 
 
 class ProgressBar:
-    """`with ProgressBar(total, "fine-tuning", "iteration") as bar:` and `bar.update()` after each.
+    """Use it as `with ProgressBar(total, "fine-tuning", "iteration") as bar:`, and call `bar.update()` after each turn.
 
     Args:
         total: number of turns.
-        label: what is done.
-        unit: what a turn is.
+        label: name of the loop.
+        unit: name of a turn.
         done: turns that were done before.
-        brief: a bar that vanishes at its end, and lines only of loops that take longer than half a minute.
-        file: where to write, a text file (default: standard error).
+        brief: remove the bar at its end; elsewhere print lines only if the loop takes longer than half a minute.
+        file: text file to write to (default: standard error).
     """
 
     def __init__(self, total: int, label: str, unit: str, *, done: int = 0, brief: bool = False, file: Any = None):
@@ -32,7 +32,7 @@ class ProgressBar:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=not brief, file=self._file)
 
     def update(self, turns: int = 1, note: str = "") -> None:
-        """So many turns more are done; `note` is shown behind."""
+        """Count `turns` more as done; `note` is shown after the count."""
         self._done += turns
         if self._bar is not None:
             self._bar.update(turns)
@@ -46,7 +46,7 @@ class ProgressBar:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:
-        """The end of the loop."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 

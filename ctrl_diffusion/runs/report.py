@@ -1,4 +1,4 @@
-"""What a run did, on a page of Markdown."""
+"""The report of a run, a page of Markdown."""
 
 import json
 import math
@@ -13,7 +13,7 @@ ROWS = 12  # of the table of progress
 MEANINGS = {
     "reward": "mean reward",
     "path_kl": "path KL from the reference (nats)",
-    "objective": "objective: reward minus price times path KL",
+    "objective": "objective: reward − KL coefficient × path KL",
 }
 
 
@@ -48,7 +48,7 @@ def _headline(metrics: Mapping[str, Any]) -> list[str]:
     if effective is not None and effective < 100:
         text.append(
             f"The optimum rests on {effective:.0f} effective samples of the reference, which is too few to trust it: evaluate with "
-            "more reference samples, or fine-tune with a higher price."
+            "more reference samples, or fine-tune with a higher KL coefficient."
         )
     return text
 
@@ -75,7 +75,7 @@ def _progress(history: Sequence[Mapping[str, Any]]) -> list[str]:
     names = ("iteration", "wall_seconds", "reward", "path_kl")
     shown = [*rows[:-1:step], rows[-1]]
     table = _table(("iteration", "seconds", "reward", "path KL"), [[_number(row.get(name)) for name in names] for row in shown])
-    return ["## Progress", "Of the samples that were trained on, which explore.", table]
+    return ["## Progress", "Reward and path KL of the samples that were trained on, with exploration.", table]
 
 
 def _estimate(metrics: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs that consist of units: a file for the result of each."""
+"""Results of runs that consist of units: one file per unit."""
 
 import json
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from .files import write_atomic
 
 
 class Results:
-    """A JSON file per unit of a run, complete or absent: what is there is not done again.
+    """One JSON file per unit of a run, complete or absent. A unit whose file exists need not be computed again.
 
-    Of several processes, which all have the result, the first writes.
+    All processes have the result of a unit; the first of them writes it.
     """
 
     def __init__(self, folder: Path):
@@ -21,12 +21,15 @@ class Results:
         wait_for_all("earlier results are seen")
 
     def has(self, name: str) -> bool:
+        """Whether the result of a unit exists; the same answer on all processes."""
         return exists_for_all(self.folder / f"{name}.json")
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
+        """Write the result of a unit."""
         if is_first():
             write_atomic(self.folder / f"{name}.json", json.dumps(result, allow_nan=False) + "\n")
         wait_for_all("a result is written")
 
     def read(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Read the results of units, in the order of their names."""
         return [json.loads((self.folder / f"{name}.json").read_text()) for name in names]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: its networks, and loaders for folders in the layout of diffusers.
+"""Stable Diffusion 1.x and 2.x: networks, LoRA, and loaders for folders in the layout of diffusers.
 
     model = load_folder("stable-diffusion-v1-5", dtype=jnp.bfloat16)
     context = model.encode(["a photo of an astronaut riding a horse"])      # [b, 77, 768]

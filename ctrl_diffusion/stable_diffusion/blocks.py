@@ -1,4 +1,4 @@
-"""The transformer of the UNet, over the pixels of an image."""
+"""The transformer of the UNet. It attends to the pixels of an image and to a context."""
 
 import functools
 
@@ -11,7 +11,7 @@ from ..pretrained.transformer import Attention
 
 
 class FeedForward(nnx.Module):
-    """`leave(a * gelu(g))` with `a, g` the halves of `enter(x)`, each four times as wide as `x` (Shazeer 2020, GEGLU)."""
+    """`leave(a * gelu(g))`, where `a, g` are the halves of `enter(x)`, each four times as wide as `x` (Shazeer 2020, GEGLU)."""
 
     def __init__(self, width: int, layers: Layers):
         self.enter = layers.linear(width, 8 * width)
@@ -42,7 +42,7 @@ class SpatialTransformer(nnx.Module):
     """`h` plus a transformer block over its pixels, between two pointwise projections.
 
     Args:
-        linear: the projections are stored as dense layers (Stable Diffusion 2) and not as 1x1 convolutions (1).
+        linear: whether files store the projections as dense layers (Stable Diffusion 2) and not as 1x1 convolutions (1).
     """
 
     def __init__(

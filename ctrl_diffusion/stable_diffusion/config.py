@@ -13,7 +13,7 @@ CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "
 class UNetConfig:
     """`UNet2DConditionModel` of Stable Diffusion 1.x and 2.x, in diffusers' names; the defaults are Stable Diffusion 1.5.
 
-    `attention_head_dim` is the *number* of heads (per block if a list), as it is in every such file, against its name.
+    Despite its name, `attention_head_dim` is the *number* of heads (per block if a list), as in every such file.
     """
 
     sample_size: int | tuple[int, int] | None = 64
@@ -59,7 +59,7 @@ class UNetConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each resolution, finest first."""
+        """Number of attention heads at each resolution, the finest first."""
         heads = self.attention_head_dim
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
 

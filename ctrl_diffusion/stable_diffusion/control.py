@@ -1,8 +1,8 @@
-r"""A text-to-image model as a controlled process: the *guided* score is the action, a prompt is the condition.
+r"""A text-to-image model as a controlled process. The action is the *guided* score, and the condition is a prompt.
 
     a(t, x; p) = score of   e_empty + w (e_p - e_empty),      e_p = UNet(x, timestep(t), context of prompt p)
 
-Guidance is part of the policy: paths are made with it, path KL is measured with it, and gradients pass through both branches.
+Guidance is part of the policy: paths are sampled with it, path KL is computed with it, and gradients pass through both branches.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +25,17 @@ Denoiser = Callable[..., Float[Array, "b h w c"]]
 
 
 class GuidedScore(eqx.Module):
-    """The guided score as a control, `(params, t, x [b, h, w, 4], prompt [b]) -> [b, h, w, 4]`; a prompt is its number.
+    """The guided score as a control, `(params, t, x [b, h, w, 4], prompt [b]) -> [b, h, w, 4]`; a prompt is given by its number.
 
     Args:
-        denoise: `denoise(params, base, x, timesteps [b], context [b, n, e]) -> [b, h, w, 4]`, what the UNet predicts, of `split_lora` or
+        denoise: the UNet's prediction `denoise(params, base, x, timesteps [b], context [b, n, e]) -> [b, h, w, 4]`, from `split_lora` or
             `split_full`.
-        base: its parameters that are not trained.
-        contexts: of all prompts, `[p, n, e]`.
-        empty: the context of the empty (or a negative) prompt, `[n, e]`.
-        guidance: `w`; 1 is no guidance, at half the cost.
-        noising: what the network was trained with.
-        process: the process whose score this is, of `noising.process`.
+        base: parameters of the UNet that are not trained.
+        contexts: contexts of all prompts, `[p, n, e]`.
+        empty: the context of the empty prompt or of a negative prompt, `[n, e]`.
+        guidance: the guidance scale `w`; 1 is no guidance, at half the cost.
+        noising: the noising that the network was trained with.
+        process: the process of this score, from `noising.process`.
     """
 
     denoise: Denoiser = eqx.field(static=True)
@@ -61,9 +61,9 @@ class GuidedScore(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Latents of the diffusion model `[b, h, w, 4]` to images `[b, H, W, 3]` in [-1, 1], clipped, `chunk` at a time.
+    """Decodes latents of the diffusion model `[b, h, w, 4]` to images `[b, H, W, 3]`, clipped to [-1, 1], `chunk` at a time.
 
-    Memory is that of one chunk, for the gradient as well: it decodes again.
+    Memory is that of one chunk, also for the gradient: the backward pass decodes again.
     """
 
     graphdef: Any = eqx.field(static=True)
@@ -76,7 +76,7 @@ class Decoder(eqx.Module):
 
 
 def decoder(vae: VAE, chunk: int = 8) -> Decoder:
-    """The decoder of a VAE as a function of latents that holds its parameters."""
+    """The decoder of a VAE, as a function of latents that holds its parameters."""
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1: it is the number of images that are decoded together.")
     return Decoder(*nnx.split(vae), chunk)
@@ -85,7 +85,7 @@ def decoder(vae: VAE, chunk: int = 8) -> Decoder:
 def encode_prompts(
     model: StableDiffusion, prompts: Sequence[str], *, chunk: int = 32, truncate: bool = False
 ) -> Float[Array, "p n e"]:
-    """Contexts of prompts, float32, `chunk` at a time; longer prompts than the encoder's are refused unless `truncate`."""
+    """Contexts of prompts, float32 `[p, n, e]`, computed `chunk` at a time. Prompts that are too long are refused unless `truncate`."""
     graphdef, params = nnx.split(model.text_encoder)
     length = model.text_encoder.config.max_position_embeddings
     encode = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids).last_hidden_state.astype(jnp.float32))
@@ -100,9 +100,9 @@ def encode_prompts(
 
 
 def drawn_prompts(count: int, per_prompt: int) -> Callable[[Any, int], Int[Array, " n"]]:
-    """The law of an iteration's conditions: prompts drawn at random from `count`, each for `per_prompt` paths in a row.
+    """A function that draws the conditions of an iteration: random prompts out of `count`, each for `per_prompt` consecutive paths.
 
-    No prompt is drawn twice where there are enough of them.
+    If there are enough prompts, none is drawn twice.
     """
     if count < 1 or per_prompt < 1:
         raise ValueError(f"count={count} and per_prompt={per_prompt} must be at least 1.")

@@ -1,4 +1,4 @@
-"""Stable Diffusion from and to a folder in the layout of diffusers: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."""
+"""Reads and writes Stable Diffusion in the layout of diffusers: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ class StableDiffusion(NamedTuple):
     noising: Noising
 
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Array, "b n e"]:
-        """What the UNet attends to, for each prompt; see `tokenize`."""
+        """The context that the UNet attends to, for each prompt; see `tokenize`."""
         return self.text_encoder(jnp.asarray(self.tokens(prompts, truncate=truncate))).last_hidden_state
 
     def tokens(self, prompts: Sequence[str], *, truncate: bool = False) -> np.ndarray:
@@ -55,17 +55,17 @@ def load_network(
     cast: bool = False,
     sharding: Placement | None = None,
 ) -> Network:
-    """A network from the folder of its `config.json` and safetensors files.
+    """Load a network from the folder of its `config.json` and safetensors files.
 
     Args:
         cls: `UNet`, `VAE` or `CLIPText`.
         folder: for example `stable-diffusion-v1-5/unet`.
-        dtype: what is computed in; default: the parameters' type.
-        param_dtype: of the parameters. Files of another type are refused unless `cast`.
+        dtype: type of the computation (default: the parameters' type).
+        param_dtype: type of the parameters. Files of another type are refused unless `cast`.
         remat, attention: see `cls`.
         cast: convert files of another floating-point type to `param_dtype`.
-        sharding: `sharding(name, shape)` says where the parameter `name`, for example
-            `down_blocks.0.resnets.0.conv1.kernel`, is put; `None`: on the default device.
+        sharding: `sharding(name, shape)` is the place of the parameter `name`, for example
+            `down_blocks.0.resnets.0.conv1.kernel`; `None`: the default device.
     """
     options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, cast=cast, sharding=sharding)
     return read_network(cls, KINDS[cls], folder, **options)
@@ -81,10 +81,10 @@ def load_folder(
     cast: bool = False,
     sharding: Placement | None = None,
 ) -> StableDiffusion:
-    """All parts of a model; arguments as for `load_network`, in which `sharding` gets names that begin with the subfolder's.
+    """Load all parts of a model. Arguments are those of `load_network`; names that `sharding` gets begin with the subfolder.
 
-    Both layouts are read: what diffusers writes today, and the original repositories of Stable Diffusion 1.x. Everything else
-    in the folder (safety checker, feature extractor, pickled and half-precision variants) is ignored.
+    It reads the layout that diffusers writes today and that of the original repositories of Stable Diffusion 1.x. Other files of the
+    folder (safety checker, feature extractor, pickled and half-precision variants) are ignored.
     """
     folder = Path(folder)
     for part in StableDiffusion._fields:
@@ -107,13 +107,13 @@ SUBFOLDERS = {part: part for part in StableDiffusion._fields} | {"noising": "sch
 
 
 def save_network(network: UNet | VAE | CLIPText, folder: StrPath) -> None:
-    """Write `config.json` and one safetensors file; `folder` is replaced as a whole, never half-written."""
+    """Write `config.json` and one safetensors file. `folder` is replaced as a whole and is never half-written."""
     with replaced(Path(folder)) as temporary:
         _write_network(network, temporary)
 
 
 def save_folder(model: StableDiffusion, folder: StrPath) -> None:
-    """Write all parts as diffusers' `StableDiffusionPipeline` reads them; `folder` is replaced as a whole, never half-written."""
+    """Write all parts as diffusers' `StableDiffusionPipeline` reads them. `folder` is replaced as a whole and is never half-written."""
     with replaced(Path(folder)) as temporary:
         for part, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
             (temporary / part).mkdir()

@@ -1,11 +1,11 @@
-"""Changes of low rank to a UNet's dense layers (LoRA, Hu et al. 2021): what fine-tuning trains instead of the UNet itself.
+"""LoRA (Hu et al. 2021): changes of low rank to a UNet's dense layers, which fine-tuning trains instead of the UNet itself.
 
     add_lora(unet, rank=4, rngs=nnx.Rngs(0))                    # changes nothing yet
     function, lora, base = split_lora(unet)
     gradients = jax.grad(lambda lora: loss(function(lora, base, x, timesteps, context)))(lora)
     nnx.update(unet, lora)                                      # trained parameters, back into the network
 
-Layers are called as diffusers and peft call them: `mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0`.
+Layers have the names of diffusers and peft: `mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0`.
 """
 
 import math
@@ -32,7 +32,7 @@ class LoRA(nnx.Module):
     """`layer(x) + (alpha / rank) x down up`, in the type of `layer(x)`; `down` and `up` are float32.
 
     Args:
-        layer: dense, or a 1x1 convolution.
+        layer: a dense layer or a 1x1 convolution.
         down: `[inputs, rank]`.
         up: `[rank, outputs]`.
         alpha: the change is multiplied by `alpha / rank`.
@@ -48,7 +48,7 @@ class LoRA(nnx.Module):
 
     @property
     def scale(self) -> float:
-        """What the product of `down` and `up` is multiplied by."""
+        """The factor of the product of `down` and `up`."""
         return self.alpha / self.rank
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
@@ -61,15 +61,16 @@ class LoRA(nnx.Module):
 def add_lora(
     network: UNet, rank: int, *, alpha: int | float | None = None, targets: Sequence[str] = ATTENTION, rngs: nnx.Rngs
 ) -> None:
-    """Give layers of a UNet a change of low rank, in place. It is exactly zero at first, because `up` is.
+    """Add a change of low rank to layers of a UNet, in place. It is exactly zero at first, because `up` is zero.
 
-    Further calls can give other layers another rank.
+    Call it again to give other layers another rank.
 
     Args:
-        rank: of the change.
-        alpha: the change is multiplied by `alpha / rank`; default: `rank`.
-        targets: ends of names of dense layers and 1x1 convolutions, in whole words between dots; default: all attention.
-        rngs: random numbers for `down`.
+        network: the UNet.
+        rank: rank of the change.
+        alpha: the change is multiplied by `alpha / rank` (default: `rank`).
+        targets: ends of names of dense layers and 1x1 convolutions, in whole words between dots (default: all attention).
+        rngs: random keys of `down`.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
@@ -112,15 +113,15 @@ Split = tuple[Callable[..., Float[Array, "b h w out"]], Any, Any]
 def split_lora(network: UNet) -> Split:
     """A UNet as `(function, lora, base)` with `function(lora, base, x, timesteps, context)`.
 
-    `lora` is what is trained. `base`, all other parameters, is an argument as well: what a compiled function closes over is
-    written into its program, which for a full-sized UNet means gigabytes.
+    `lora` holds the trained parameters, `base` all others. `base` is an argument, too, because arrays inside a compiled function are
+    written into its program, which takes gigabytes for a full-sized UNet.
     """
     some_lora(network)
     return _split(network, nnx.LoRAParam)
 
 
 def split_full(network: UNet) -> Split:
-    """A UNet without LoRA in the same form, for full fine-tuning: all parameters are trained, and `base` is empty."""
+    """A UNet without LoRA in the form of `split_lora`, for full fine-tuning: all parameters are trained, and `base` is empty."""
     if lora_layers(network):
         raise ValueError("network has LoRA: train it alone, split_lora(network), or merge_lora(network) first.")
     return _split(network, nnx.Param)
@@ -136,7 +137,7 @@ def _split(network: UNet, trained: type[nnx.Variable]) -> Split:
 
 
 def merge_lora(network: UNet) -> None:
-    """Fold the changes into the kernels, in place; what remains is a plain UNet."""
+    """Add the changes to the kernels and remove LoRA, in place."""
     for path, lora in some_lora(network).values():
         kernel = lora.layer.kernel
         change = lora.scale * jnp.matmul(lora.down[...], lora.up[...], precision=jax.lax.Precision.HIGHEST)
@@ -150,7 +151,7 @@ def matches(name: str, targets: Iterable[str]) -> bool:
 
 
 def pointwise_layers(network: UNet) -> dict[str, tuple[Path, Layer]]:
-    """All dense layers and 1x1 convolutions by name, with the paths of what stands in their place."""
+    """All dense layers and 1x1 convolutions by name, with their paths. A layer with LoRA has the path of its LoRA."""
     return {name: found for name, found in _layers(network) if _is_pointwise(found[1])}
 
 
@@ -160,7 +161,7 @@ def lora_layers(network: UNet) -> dict[str, tuple[Path, LoRA]]:
 
 
 def put(network: UNet, path: Path, module: Any) -> None:
-    """Replace the module that lies at a path."""
+    """Replace the module at a path."""
     parent: Any = network
     for key in path[:-1]:
         parent = parent[key] if isinstance(key, int) else getattr(parent, key)

@@ -1,4 +1,4 @@
-"""LoRA from and to the files of diffusers and of peft.
+"""Reads and writes LoRA in the files of diffusers and of peft.
 
 | | diffusers | peft |
 |---|---|---|
@@ -6,7 +6,7 @@
 | tensors | `unet.<layer>.lora.down.weight` `[r, i]`, `.up.weight` `[o, r]` | `base_model.model.<layer>.lora_A.weight`, `lora_B` |
 | alpha | `r`, unless the file's metadata hold a description as peft's | `lora_alpha`, `alpha_pattern` |
 
-What is read goes by the rules of both today: diffusers itself writes either spelling of a tensor, with and without `unet.`.
+Reading accepts the names of both in either file, because diffusers itself writes both spellings, with and without `unet.`.
 """
 
 import json
@@ -54,7 +54,7 @@ FOLLOWED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "t
 
 
 class Found(NamedTuple):
-    """The two tensors of a layer in a file, not read yet."""
+    """The two tensors of a layer in a file. They are not read yet."""
 
     down: Stored
     up: Stored
@@ -65,12 +65,13 @@ class Found(NamedTuple):
 
 
 def save_lora(network: UNet, folder: StrPath, format: str = "diffusers") -> None:
-    """Write a UNet's LoRA; `folder` is replaced as a whole, never half-written.
+    """Write a UNet's LoRA. `folder` is replaced as a whole and is never half-written.
 
     Args:
-        folder: absent, or with nothing in it but LoRA.
-        format: "diffusers", for `StableDiffusionPipeline.load_lora_weights`; its readers take alpha for the rank, so that
-            `up` is written times `alpha / rank`. "peft", for `PeftModel.from_pretrained`; alpha is kept.
+        network: the UNet.
+        folder: a new folder, or one with nothing but LoRA in it.
+        format: "diffusers", for `StableDiffusionPipeline.load_lora_weights`, or "peft", for `PeftModel.from_pretrained`. Readers of
+            diffusers' files set alpha to the rank, so `up` is written times `alpha / rank`. Files of peft keep alpha.
     """
     if format not in STEMS:
         raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, STEMS))}.")
@@ -123,12 +124,13 @@ def _number(value: float) -> int | float:
 
 
 def load_lora(network: UNet, folder: StrPath) -> None:
-    """Read LoRA into a UNet, in place: layers, ranks and alphas are those of the files.
+    """Read LoRA into a UNet, in place. The files determine layers, ranks and alphas.
 
-    If the UNet has LoRA, it must be at the same layers, and is replaced. Everything is checked before anything is changed.
+    If the UNet has LoRA already, it is replaced and must have the same layers. Everything is checked before the UNet is changed.
 
     Args:
-        folder: in either format; all tensors must belong to the UNet.
+        network: the UNet.
+        folder: a folder in either format. All tensors must belong to the UNet.
     """
     folder = Path(folder)
     present = [stem for stem in STEMS.values() if (folder / f"{stem}.safetensors").is_file()]
@@ -198,7 +200,7 @@ def _tensor(stored: Stored) -> str:
 
 
 def _read_description(file: Path) -> tuple[str, dict[str, Any] | None]:
-    """peft's description of its adapter and where it stands; `None` if a file of diffusers has none."""
+    """peft's description of its adapter, and the name of its file; `None` if a file of diffusers has no description."""
     if file.stem == STEMS["peft"]:
         path = file.with_name(CONFIG)
         if not path.is_file():
@@ -241,12 +243,12 @@ def _check_description(where: str, values: Mapping[str, Any], layers: set[str], 
 
 
 def _selected(targets: Any, name: str) -> bool:
-    """peft's rule: a list has ends of names, a string is a pattern."""
+    """peft's rule for targets: a list has ends of names, a string is a pattern."""
     return bool(re.fullmatch(targets, name)) if isinstance(targets, str) else matches(name, targets or ())
 
 
 def _of(values: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
-    """What a description says of one layer: the first pattern that matches the end of its name, or the default."""
+    """A description's value for one layer: that of the first pattern that matches the end of its name, or the default."""
     for pattern, value in (values.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

@@ -1,4 +1,4 @@
-"""The noise that a model was trained with, read from `scheduler_config.json`, as a schedule and time grids of this library."""
+"""The noising that a model was trained with, read from `scheduler_config.json`, as a schedule and time grids of this library."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ MAX_BETA = 0.999  # where the cosine table is cut
 class Noising:
     """Discrete noising, in diffusers' names; the defaults are Stable Diffusion 1.5.
 
-    Only the noise and the timesteps are taken from a file. The class of its scheduler, `scheduler`, decides what absent entries
-    mean, but not how one samples: that is a solver of this library.
+    Only the noise and the timesteps are read from a file. The class of its scheduler, `scheduler`, determines the default of missing
+    entries, but not the sampler: that is a solver of this library.
 
-    Timestep `i` is noising time `(i + 1) / num_train_timesteps`. `set_alpha_to_one`: sampling ends at zero noise; otherwise at
-    the first entry of the table, noising time `1 / num_train_timesteps`.
+    Timestep `i` is noising time `(i + 1) / num_train_timesteps`. With `set_alpha_to_one` sampling ends at zero noise, else at the first
+    entry of the table, noising time `1 / num_train_timesteps`.
     """
 
     scheduler: str = "PNDMScheduler"
@@ -73,7 +73,7 @@ class Noising:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network predicts."""
+        """The prediction of the network."""
         return PREDICTIONS[self.prediction_type]
 
     @property
@@ -82,9 +82,9 @@ class Noising:
         return 0.0 if self.set_alpha_to_one else 1 / self.num_train_timesteps
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """The timesteps at which the network is called, noisiest first.
+        """The timesteps at which the network is called, the noisiest first.
 
-        They are `steps`, or one less if the last is the end of sampling itself: that step would change nothing.
+        There are `steps` of them, or one less if the last is the end of sampling: that step would change nothing.
         """
         if self.timestep_spacing == "leading":
             table = leading(steps, self.num_train_timesteps, self.steps_offset)
@@ -100,7 +100,7 @@ class Noising:
         return from_timesteps(self.timesteps(steps), self.num_train_timesteps, end=self.end)
 
     def schedule(self, steps: int) -> VPTable:
-        """The table as a schedule, restricted to what `steps` steps visit: "leading" ones start short of the noisiest."""
+        """The table as a schedule, restricted to the times of `steps` steps. "Leading" steps leave out the noisiest times."""
         first = (int(self.timesteps(steps)[0]) + 1) / self.num_train_timesteps
         return VPTable(betas=tuple(self.betas.tolist()), tau_min=self.end, tau_max=first)
 
@@ -109,9 +109,9 @@ class Noising:
         return DiffusionProcess(self.schedule(steps), eta=eta)
 
     def timestep(self, tau: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The network's timestep at noising time `tau`, to the nearest 1/1024.
+        """The network's timestep at noising time `tau`, rounded to 1/1024.
 
-        The rounding undoes that of control times in float32, which would leave whole timesteps whole to 1e-4 only.
+        Control times in float32 give whole timesteps with an error of 1e-4 only; this rounding removes it.
         """
         return jnp.round(1024 * (self.num_train_timesteps * tau - 1)) / 1024
 
@@ -125,7 +125,7 @@ def _scaled_linear(start: float, end: float, count: int) -> np.ndarray:
 
 
 def _cosine(start: float, end: float, count: int) -> np.ndarray:
-    """Nichol and Dhariwal 2021, eq. 17; `start` and `end` have no part in it."""
+    """The betas of Nichol and Dhariwal 2021, eq. 17; `start` and `end` are not used."""
     products = np.cos(0.5 * np.pi * (np.arange(count + 1) / count + 0.008) / 1.008) ** 2
     return np.minimum(1 - products[1:] / products[:-1], MAX_BETA)
 
@@ -134,7 +134,7 @@ TABLES = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2
 
 
 def read_noising(path: Path) -> Noising:
-    """The noising that a `scheduler_config.json` describes."""
+    """Read the noising in a `scheduler_config.json`."""
     try:
         return parse_noising(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -142,7 +142,7 @@ def read_noising(path: Path) -> Noising:
 
 
 def parse_noising(values: Mapping[str, Any]) -> Noising:
-    """The same from a dictionary."""
+    """Read a noising from a dictionary; see `read_noising`."""
     name = values.get("_class_name")
     check_supported("_class_name", {str(name)}, set(ENDS_AT_DATA))
     absent = {"set_alpha_to_one": ENDS_AT_DATA[str(name)], "clip_sample": name != "PNDMScheduler"}
@@ -151,7 +151,7 @@ def parse_noising(values: Mapping[str, Any]) -> Noising:
 
 
 def noising_values(noising: Noising) -> dict[str, Any]:
-    """What to write into a `scheduler_config.json`."""
+    """The entries to write into a `scheduler_config.json`."""
     values = dataclasses.asdict(noising)
     name = values.pop("scheduler")
     if name == "DDPMScheduler":  # always ends at zero noise

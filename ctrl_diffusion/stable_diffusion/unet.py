@@ -1,4 +1,4 @@
-"""The noise predictor of Stable Diffusion 1.x and 2.x."""
+"""The UNet of Stable Diffusion 1.x and 2.x, which predicts noise or v."""
 
 from itertools import zip_longest
 from typing import Any
@@ -29,8 +29,8 @@ NAMES = Names(
 )
 
 
-class TimeEmbedding(nnx.Module):
-    """Two dense layers on the features of the timestep, computed in the type of the parameters."""
+class TimestepEmbedding(nnx.Module):
+    """Two dense layers on the features of the timestep. They are computed in the type of the parameters."""
 
     def __init__(self, features: int, width: int, layers: Layers):
         exact = layers._replace(dtype=None)
@@ -59,7 +59,7 @@ def _transformer(config: UNetConfig, i: int, layers: Layers) -> SpatialTransform
 
 
 def _layer(resnet: ResNetBlock, transformer: SpatialTransformer | None, remat: bool, h, time: Time, context: Context):
-    """A ResNet block and, where there is one, a transformer."""
+    """A ResNet block and, if there is one, a transformer."""
 
     def layer(h, time, context):
         h = resnet(h, time)
@@ -69,7 +69,7 @@ def _layer(resnet: ResNetBlock, transformer: SpatialTransformer | None, remat: b
 
 
 class DownBlock(nnx.Module):
-    """Layers at resolution `i`, then half the resolution unless it is the coarsest. All of its images are kept as skips."""
+    """Layers at resolution `i`, then downsampling to half of it, except at the coarsest. All images are kept as skips."""
 
     def __init__(self, config: UNetConfig, i: int, layers: Layers, remat: bool):
         channels, last = config.block_out_channels, i == len(config.block_out_channels) - 1
@@ -107,11 +107,11 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Layers at resolution `i` (0 the finest), each on its input beside the last unused skip, then twice the resolution.
+    """Layers at resolution `i`, each on its input and the last unused skip, then upsampling to twice the resolution.
 
     Args:
         kind: the block's name in the configuration.
-        i: resolution.
+        i: resolution; 0 is the finest.
     """
 
     def __init__(self, config: UNetConfig, kind: str, i: int, layers: Layers, remat: bool):
@@ -124,7 +124,7 @@ class UpBlock(nnx.Module):
         self.upsampler = layers.conv(channels[i], channels[i]) if i else None
 
     def __call__(self, h: Images, skips: list[Resized], time: Time, context: Context) -> Resized:
-        """`skips` is used up from its end."""
+        """`skips` is consumed from its end."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = _layer(resnet, transformer, self.remat, h, time, context)
@@ -136,17 +136,17 @@ class UpBlock(nnx.Module):
 class UNet(nnx.Module):
     """`unet(x [b, h, w, c], timesteps [b], context [b, n, e]) -> [b, h, w, out]`, in the type of `x`.
 
-    Rombach et al. 2022, as diffusers' `UNet2DConditionModel`. Heights and widths are free; multiples of
-    `2 ** (len(config.block_out_channels) - 1)` lose no pixels on the way.
+    Rombach et al. 2022, as diffusers' `UNet2DConditionModel`. Heights and widths may be any; multiples of
+    `2 ** (len(config.block_out_channels) - 1)` lose no pixels when they are halved.
 
     Args:
         config: the architecture.
-        dtype: what is computed in, for example `jnp.bfloat16`; default: the parameters' type. The time embedding, norms and
+        dtype: type of the computation, for example `jnp.bfloat16` (default: the parameters' type). The time embedding, norms and
             softmaxes stay in float32.
-        param_dtype: of the parameters.
-        remat: recompute the insides of every layer for the gradient, which then stores one image per layer.
-        attention: see `Layers`.
-        rngs: random numbers for the initial parameters.
+        param_dtype: type of the parameters.
+        remat: recompute every layer in the backward pass, which then stores one image per layer.
+        attention: the function that computes attention; see `Layers`.
+        rngs: random keys of the initial parameters.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class UNet(nnx.Module):
         channels = config.block_out_channels
         resolutions = range(len(channels))
         self.config, self.dtype = config, dtype
-        self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0], layers)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], layers)
         self.conv_in = layers.conv(config.in_channels, channels[0])
         self.down_blocks = nnx.List([DownBlock(config, i, layers, remat) for i in resolutions])
         self.mid_block = MidBlock(config, layers, remat)

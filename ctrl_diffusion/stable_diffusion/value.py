@@ -1,4 +1,4 @@
-"""A small value network of latents: what a half-made picture of a prompt is worth."""
+"""A small value network of noisy latents and a prompt."""
 
 from typing import Any
 
@@ -11,14 +11,15 @@ from ..networks import TimeEmbedding
 
 
 class LatentValue(nnx.Module):
-    """`network(x [b, h, w, c], t [b], prompt [b]) -> [b]`: strided convolutions, time, and a learned vector for every prompt.
+    """`network(x [b, h, w, c], t [b], prompt [b]) -> [b]`: strided convolutions, with features of time and a vector per prompt.
 
-    The output starts at zero. Prompts are told apart by number, so that the value is for those that are trained on.
+    The output starts at zero. Prompts are given by number and have learned vectors, so the value is for the prompts of training only.
 
     Args:
-        channels: of `x`.
-        prompts: how many there are.
-        width: channels after the first convolution; each of the `depth` convolutions halves height and width.
+        channels: channels of `x`.
+        prompts: number of prompts.
+        width: channels after the first convolution.
+        depth: number of convolutions; each halves height and width.
     """
 
     def __init__(self, channels: int, prompts: int, *, width: int = 64, depth: int = 3, rngs: nnx.Rngs):

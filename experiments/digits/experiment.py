@@ -31,7 +31,7 @@ from ctrl_diffusion.runs import (
     is_first,
     pretrain,
 )
-from ctrl_diffusion.runs.evaluation import diversities, optimum_metrics, summary
+from ctrl_diffusion.runs.evaluation import diversities, optimum_metrics, policy_metrics
 from ctrl_diffusion.runs.files import write_arrays
 
 from .. import data as datasets
@@ -103,7 +103,7 @@ def run(
 
     def evaluate_now(state: State) -> dict[str, Any]:
         found = evaluator.samples(_result(config, state), keys["evaluation"], config.evaluation_samples // 4)
-        numbers = summary(found, optimum_at(temperature(state)), reference_reward, temperature(state))
+        numbers = policy_metrics(found, optimum_at(temperature(state)), reference_reward, temperature(state))
         logged = {name if name.startswith("relative") else f"evaluation_{name}": v for name, v in numbers.items()}
         return logged | {"samples": found.x[:64]}
 
@@ -125,7 +125,7 @@ def run(
         sets = {"before": before, "after": final, "optimum": at_optimum}
         histograms = {"before": (reference.x, None), "after": (final.x, None), "optimum": (reference.x, weights)}
         write_arrays(config.out / "samples.npz", _for_figures(held_out_classifier, sets, histograms))
-    metrics = summary(final, optimum, reference_reward, kl_weight) | _counts(progress, algorithm)
+    metrics = policy_metrics(final, optimum, reference_reward, kl_weight) | _counts(progress, algorithm)
     metrics |= optimum_metrics(optimum, reference_reward, config.reference_samples)
     metrics |= diversities(images.x, reference.x, final.x, at_optimum.x)
     metrics |= {

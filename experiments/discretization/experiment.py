@@ -29,7 +29,7 @@ from ctrl_diffusion.runs import (
     pretrain,
     wait_for_all,
 )
-from ctrl_diffusion.runs.evaluation import summary
+from ctrl_diffusion.runs.evaluation import policy_metrics
 from ctrl_diffusion.runs.files import write_arrays, write_atomic
 
 from .. import data as datasets
@@ -283,7 +283,7 @@ class Experiment:
                 )
             samples = Samples(x, self._rewards(x), kl)
             penalised = optimum if method in PENALISED else None
-            row = summary(samples, penalised, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
+            row = policy_metrics(samples, penalised, reference_reward or mean_and_error(samples.rewards), config.kl_weight)
             distance = energy_distance(x, policy.target)
             row |= {"energy_distance": distance.mean, "energy_distance_se": distance.se}
             row |= {"diversity": cd.diversity.vendi_score(x[:256], self.bandwidth)}

@@ -175,7 +175,7 @@ class Measures(NamedTuple):
     """What all algorithms on a problem are measured with."""
 
     place: Setup
-    evaluator: exact.Evaluator
+    evaluator: exact.GapEvaluator
     optimal: Target
     chain_gap: Callable[[Any], float] | None
 
@@ -184,7 +184,7 @@ class Measures(NamedTuple):
 def measures(problem_name: str) -> Measures:
     """Made and compiled once for all units of a problem that a process solves."""
     place = setup(problem_name)
-    evaluator = exact.Evaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), 1024))
+    evaluator = exact.GapEvaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), 1024))
     optimal = make_target(
         np.asarray(place.problem.sample_optimal(evaluator.keys)), np.full(len(evaluator.keys), 1 / len(evaluator.keys))
     )
@@ -252,12 +252,12 @@ def measure(table: Prepared, penalised: bool, params: Any) -> dict[str, Any]:
     (place, evaluator, optimal, chain), fixed_point = table.measures, table.fixed_point
     problem, control = place.problem, place.sampler.control
     gap, paths = evaluator.gap(control, params), evaluator.integrals(control, params)
-    reward, kl = mean_and_error(paths.returns), mean_and_error(paths.price / problem.kl_weight)
+    reward, kl = mean_and_error(paths.returns), mean_and_error(paths.penalty / problem.kl_weight)
     error, distance = evaluator.control_l2_error(control, params), energy_distance(paths.final, optimal)
     own = None
     if fixed_point is not None:
         reached, untrained = (
-            evaluator.integrals(c, p, fixed_point).price.mean()
+            evaluator.integrals(c, p, fixed_point).penalty.mean()
             for c, p in ((control, params), (problem.reference_action, None))
         )
         own = float(reached / untrained)

@@ -1,4 +1,4 @@
-"""Reward models from the files in which they are published; nothing is fetched."""
+"""Loads reward models from their published files; nothing is fetched."""
 
 import dataclasses
 import functools
@@ -58,12 +58,12 @@ FLOAT32 = Loading()
 
 
 def load_clip(folder: StrPath, loading: Loading = FLOAT32) -> CLIP:
-    """Both towers from the folder of a `CLIPModel`: `config.json` and safetensors files."""
+    """Load both towers from the folder of a `CLIPModel`: `config.json` and safetensors files."""
     return _load_clip(CLIP, Path(folder), loading)
 
 
 def load_clip_images(folder: StrPath, loading: Loading = FLOAT32) -> CLIPImages:
-    """The vision tower from the folder of a `CLIPModel`; the text tower is not read."""
+    """Load the vision tower from the folder of a `CLIPModel`; the text tower is not read."""
     return _load_clip(CLIPImages, Path(folder), loading)
 
 
@@ -80,7 +80,7 @@ def _load_clip(cls: type[Network], folder: Path, loading: Loading) -> Network:
 
 
 def load_clip_similarity(folder: StrPath, loading: Loading = FLOAT32) -> TextAlignment:
-    """The cosine between image and text of a CLIP, for example `openai/clip-vit-large-patch14`, from its folder, tokenizer included."""
+    """CLIP similarity, `cos(image, text)`, from the folder of a CLIP with its tokenizer, for example `openai/clip-vit-large-patch14`."""
     return TextAlignment(load_clip(folder, loading), load_tokenizer(folder))
 
 
@@ -88,7 +88,7 @@ def load_pickscore(folder: StrPath, tokenizer: StrPath | None = None, loading: L
     """PickScore (Kirstain et al. 2023), `exp(logit_scale) cos(image, text)`, from the folder of `yuvalkirstain/PickScore_v1`.
 
     Args:
-        tokenizer: the folder of a CLIP tokenizer; default: `folder`.
+        tokenizer: the folder of a CLIP tokenizer (default: `folder`).
     """
     preprocess = Preprocess(margin=half_down)  # transformers' image processor
     return TextAlignment(load_clip(folder, loading), load_tokenizer(tokenizer or folder), preprocess, scaled=True)
@@ -98,7 +98,7 @@ def load_aesthetic(clip: StrPath, file: StrPath, loading: Loading = FLOAT32) -> 
     """LAION's aesthetic predictor (Schuhmann et al. 2022).
 
     Args:
-        clip: the folder of `openai/clip-vit-large-patch14`, of which the text tower is not read.
+        clip: the folder of `openai/clip-vit-large-patch14`; its text tower is not read.
         file: `sac+logos+ava1-l14-linearMSE.pth`.
     """
     network = load_clip_images(clip, loading)
@@ -106,7 +106,7 @@ def load_aesthetic(clip: StrPath, file: StrPath, loading: Loading = FLOAT32) -> 
 
 
 def load_linear_layers(file: StrPath, inputs: int, loading: Loading = FLOAT32) -> LinearLayers:
-    """The layers of the aesthetic predictor on `inputs` features; they are always computed in `param_dtype`."""
+    """Load the layers of the aesthetic predictor, on `inputs` features. They are always computed in `param_dtype`."""
 
     def make(rngs: nnx.Rngs) -> LinearLayers:
         return LinearLayers(inputs, Layers(rngs, None, loading.param_dtype))
@@ -125,11 +125,11 @@ def load_hps(
 ) -> TextAlignment:
     """HPSv2 and HPSv2.1 (Wu et al. 2023), `cos(image, text)`, from `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt`.
 
-    These files are float16: `Loading(cast=True)`, or `param_dtype=jnp.float16`.
+    These files are float16: use `Loading(cast=True)` or `Loading(param_dtype=jnp.float16)`.
 
     Args:
         tokenizer: the folder of a CLIP tokenizer, for example that of a Stable Diffusion 1 folder.
-        preprocess: default: `HPS_PREPROCESS`, which see.
+        preprocess: from images to pixels (default: `HPS_PREPROCESS`).
     """
     known = clip(config)
     found = by_todays_names(openai_tensors(read_torch_file(Path(file), "state_dict")), known)
@@ -157,8 +157,8 @@ def load_image_reward(
 
     Args:
         tokenizer: a folder with the `vocab.txt` of bert-base-uncased.
-        med_config: `med_config.json`, which comes with the file; default: what it says for version 1.0.
-        config: another architecture, in which `med_config` replaces the text part.
+        med_config: the file `med_config.json` that comes with it (default: its entries for version 1.0).
+        config: another architecture; `med_config` replaces its text part.
     """
     if med_config is not None:
         config = dataclasses.replace(config, text=read_config(BERTConfig, Path(med_config)))
@@ -170,7 +170,7 @@ def load_image_reward(
 
 
 def load_bert_tokenizer(folder: StrPath) -> Any:
-    """BERT's tokenizer with BLIP's two tokens more, [DEC] and [ENC]; nothing is fetched."""
+    """Load BERT's tokenizer and add BLIP's two tokens, [DEC] and [ENC]; nothing is fetched."""
     from transformers import BertTokenizer  # takes seconds to import
 
     tokenizer = BertTokenizer.from_pretrained(str(folder), local_files_only=True)
