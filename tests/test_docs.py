@@ -21,7 +21,7 @@ from experiments import digits
 from experiments.digits.glossary import GLOSSARY
 from experiments.pod_plan import plan as pod_plan
 from experiments.solver_cost import cost as solver_cost
-from experiments.text_to_image import experiment as text_to_image
+from experiments.text_to_image.__main__ import Options as TextToImage
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -248,8 +248,8 @@ def test_every_option_is_listed_with_its_default():
 def test_options_that_are_mentioned_exist(page):
     known = {
         f"--{f.name.replace('_', '-')}"
-        for c in (digits, pod_plan, solver_cost, text_to_image)
-        for f in dataclasses.fields(c.Config)
+        for config in (digits.Config, pod_plan.Config, solver_cost.Config, TextToImage)
+        for f in dataclasses.fields(config)
     }
     for span in spans(page):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
