@@ -31,7 +31,7 @@ from ctrl_diffusion.estimators import (
 from ctrl_diffusion.parallel import Layout, make_mesh
 from ctrl_diffusion.runs import RunDirectory
 from ctrl_diffusion.values import NoValue
-from experiments.exact.units import budget_for, solve
+from experiments.exact import units
 from experiments.value_networks.cases import Size, ring_case
 from experiments.value_networks.fit import FitBudget, learn
 from experiments.value_networks.variants import BY_NAME
@@ -135,18 +135,18 @@ def same(found, expected, rtol=1e-4, atol=1e-6):
 
 SCANNED = {"scan_minibatches": True}
 WAYS = {
-    "likelihood ratio": [("eight", {}), ("four by two", SCANNED | {"accumulation": 2}), ("one", {"accumulation": 4})],
+    "likelihood ratio": [("four by two", SCANNED | {"accumulation": 2})],
     "weighted likelihood": [("eight", {"rollouts": 2})],
-    "pathwise, one step": [("four by two", {"accumulation": 4}), ("one", {"rollouts": 4})],
+    "pathwise, one step": [("four by two", {"accumulation": 4, "rollouts": 4})],
     "pathwise, all steps": [("two", SCANNED | {"accumulation": 4})],
-    "pathwise, replay": [("eight", {}), ("four by two", SCANNED)],
+    "pathwise, replay": [("eight", {})],
     "matching a gradient": [("eight", SCANNED)],
-    "matching the adjoint": [("eight", {"rollouts": 4}), ("one", {"rollouts": 4})],
+    "matching the adjoint": [("eight", {"rollouts": 4})],
     "detailed balance": [("four by two", {})],
-    "log-variance": [("eight", SCANNED), ("two", {"accumulation": 4})],
-    "path consistency": [("two", {"accumulation": 4}), ("eight", {})],
-    "soft error": [("two", {"accumulation": 4}), ("four by two", {})],
-    "natural gradient": [("eight", {}), ("four by two", {"accumulation": 4}), ("two", {"accumulation": 4})],
+    "log-variance": [("two", SCANNED | {"accumulation": 4})],
+    "path consistency": [("two", {"accumulation": 4})],
+    "soft error": [("four by two", {"accumulation": 4})],
+    "natural gradient": [("eight", {"accumulation": 4})],
 }
 
 
@@ -306,9 +306,11 @@ def test_the_value_network_experiment_does_not_depend_on_the_devices(tmp_path):
         learn(case, BY_NAME["structured"], budget._replace(transitions=60), layouts()["eight"])
 
 
-def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices():
-    budget = budget_for("log_variance", "linear_ou")._replace(iterations=2)
-    one, eight = (solve("log_variance", "linear_ou", 0, budget, layouts()[name]) for name in ("one", "eight"))
-    assert one["relative_gap"] < 0.5  # it has learned something
-    for name in ("relative_gap", "control_l2_error", "reward", "path_kl"):
-        assert eight[name] == pytest.approx(one[name], rel=1e-4)
+def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices(monkeypatch):
+    """What is trained; it is measured on one device."""
+    monkeypatch.setattr(units, "measure", lambda table, penalised, params: {"params": params})
+    budget = units.budget_for("log_variance", "linear_ou")._replace(iterations=2)
+    one, eight = (units.solve("log_variance", "linear_ou", 0, budget, layouts()[name]) for name in ("one", "eight"))
+    start, _ = units.setup("linear_ou").start(0)
+    assert max(np.max(np.abs(a - b)) for a, b in zip(leaves(one["params"]), leaves(start))) > 1e-3
+    same(eight["params"], one["params"], atol=1e-5)

@@ -155,7 +155,7 @@ def tiny(tmp_path_factory):
     return Config(out=folder / "none", model=str(folder / "model"), **SMALL)
 
 
-SOME = ("score_as_action", "flow_grpo", "soft_vard", "sqdf", "refl", "adjoint_matching", "vidd", "log_variance", "nabla_db")
+SOME = ("score_as_action", "sqdf", "adjoint_matching", "nabla_db")
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
