@@ -33,6 +33,8 @@ if importlib.util.find_spec("beartype"):  # without it test_static.py fails, and
 from tests.compiling import Compiler
 
 COMPILER = Compiler()
+LONG = ("test_parallel", "test_text_to_image")
+"""Files that begin first, so that no worker ends long before the others."""
 # Tracing makes millions of small objects that live as long as a program: looking for cycles among them, and noting the line of
 # each operation, took a tenth of the tests' time.
 gc.freeze()
@@ -54,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if unstable:
         raise pytest.UsageError(f"these test names hold an address, which differs from run to run; give `ids=`: {unstable[:3]}")
-    items.sort(key=is_unoptimised)
+    items.sort(key=lambda item: (is_unoptimised(item), item.path.stem not in LONG))
 
 
 @pytest.hookimpl(tryfirst=True)

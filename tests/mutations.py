@@ -2,6 +2,8 @@
 
 Every mutation replaces a text that occurs once in the library (`test_mutating.py` keeps that true) in a copy of the repository, and
 runs its tests there. It is caught if they fail. A faster test suite is as good as a slower one if it catches the same.
+
+`python -m pytest tests/mistakes_in_stable_diffusion.py` does the like, in one process, for the networks that are compared with diffusers.
 """
 
 import sys

@@ -97,7 +97,7 @@ METHODS = [
       "test_exact_measure.py::test_measures_of_a_constant_error_are_exact"),
 ]
 NETWORKS = [
-    M("features of time, shift", "/ (half - shift))", "/ half)", "test_stable_diffusion_mutations.py -k 'freq_shift or without_a'"),
+    M("features of time, shift", "/ (half - shift))", "/ half)", "mistakes_in_stable_diffusion.py -k 'freq_shift or without_a'"),
     M("gated layer, swapped halves", "self.leave(a * erf_gelu(gate))", "self.leave(gate * erf_gelu(a))",
       "test_stable_diffusion_unet.py::test_parity_with_diffusers"),
     M("nearest neighbour, tiled", "jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)", "jnp.tile(h, (1, 2, 2, 1))",

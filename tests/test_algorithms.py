@@ -142,6 +142,7 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
     np.testing.assert_allclose(hessian, matrix, rtol=2e-3, atol=2e-3 * np.max(np.abs(matrix)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher_transitions", [None, 512])
 def test_trpo_stays_in_its_radius_in_every_iteration(fisher_transitions):
     """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
@@ -164,6 +165,7 @@ def test_trpo_stays_in_its_radius_in_every_iteration(fisher_transitions):
     assert max(used) > 0.5 * radius  # and uses it
 
 
+@pytest.mark.slow
 def test_trpo_in_parts_is_trpo():
     """One update in one part and in four, in float64: the same rows, so that only the order of sums differs."""
     with jax.enable_x64(True):
@@ -181,6 +183,7 @@ def test_trpo_in_parts_is_trpo():
         np.testing.assert_allclose(info_in_parts.metrics[name], info.metrics[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 100])
 def test_the_radius_means_the_same_at_any_number_of_steps(steps):
     """One update at 10 or 100 equal control steps moves the policy by the same path KL, measured on one fine grid."""

@@ -98,6 +98,7 @@ def float64():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_condition_is_none(name):
     """Everything that an algorithm evaluates is given the condition of its row; without it the table could not be read."""
@@ -122,6 +123,7 @@ def test_conditions_are_judged_each_for_itself(name):
     assert not close(plain.params, weights(0), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_black_box_is_given_the_conditions_in_every_part_of_a_rollout():
     whole, info, _ = iterated("ddpo", objective(mixed))
     for black_box, rollouts in ((True, 1), (True, 3), (False, 3)):

@@ -236,6 +236,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_this_library_use_it(name):
     make, loss, shape = NETWORKS[name]

@@ -120,6 +120,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     """Iteration 2 raises inside the reward; the same command again ends with the uninterrupted run's parameters and log."""
     out, metrics = finished
@@ -152,6 +153,7 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_works(finished, tmp_path):
     out, _ = finished
     run = tmp_path / "run"
@@ -195,6 +197,7 @@ def test_a_truncated_model_is_named(finished, tmp_path):
         cd.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_kl_budget_stops_the_run(tmp_path):
     """Here of a black box."""
     metrics = digits.run(settings(tmp_path / "run", reward="holes", kl_budget=1e-6, learning_rate=1e-3))
@@ -218,6 +221,7 @@ class OwnNetwork(nnx.Module):
         return self.dense(jnp.concatenate([x.reshape(len(x), -1), t[:, None]], axis=-1)).reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_your_own_reward_data_and_network(tmp_path):
     images = load_digits().images[:200, :6, :6] / 8 - 1  # 6x6: shapes follow the data
     network = OwnNetwork(36, nnx.Rngs(0))
@@ -231,6 +235,7 @@ def test_your_own_reward_data_and_network(tmp_path):
     assert cd.load(tmp_path / "run" / "model", network=network).sample(jax.random.key(0), 2).shape == (2, 6, 6, 1)
 
 
+@pytest.mark.slow
 def test_deterministic_sampler_has_no_gap(tmp_path):
     """Here of another black box."""
     metrics = digits.run(settings(tmp_path / "run", eta=0.0, exploration="action", reward="bytes", iterations=2))
@@ -274,6 +279,7 @@ def test_a_bad_reward_ends_the_run_with_one_error_and_keeps_what_there_was(tmp_p
     assert (tmp_path / "run" / "reference" / "model.json").exists()  # pre-training is not lost
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # in NumPy, of the rewards
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     """The squares of rewards of iteration 2 are beyond float32; the same command goes on from where iteration 1 ended."""

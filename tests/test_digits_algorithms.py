@@ -28,6 +28,7 @@ def one_iteration(name, reward):
     return info, max(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_differentiable_reward(name):
     info, moved = one_iteration(name, cd.differentiable(lambda x: x.mean(axis=(1, 2, 3)), "ink"))
@@ -35,6 +36,7 @@ def test_differentiable_reward(name):
     assert 0 < moved < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_black_box_reward(name):
     reward = cd.black_box(lambda x: (np.asarray(x) > 0).mean(axis=(1, 2, 3)), "inked")

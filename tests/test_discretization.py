@@ -40,6 +40,7 @@ def finished(tmp_path_factory):
 # -- the run ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_hold_every_cell_and_gaps_exactly_where_they_are_defined(finished):
     out, metrics = finished
     assert json.loads((out / "metrics.json").read_text()) == metrics
@@ -78,6 +79,7 @@ def test_the_budgets_are_equal(finished):
     assert budget["value_gradient_evaluations"] == {"score_as_action": pairs, "ddpo": 0, "ddpo_kl": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["score_as_action", "ddpo", "ddpo_kl"])
 def test_the_cell_of_training_is_what_the_saved_model_samples(finished, method):
     """Rewards and path KLs of `Sampler` and `Evaluator`, which know nothing of padded grids."""
@@ -94,6 +96,7 @@ def test_the_cell_of_training_is_what_the_saved_model_samples(finished, method):
     assert found.path_kl is not None and row["path_kl"] == pytest.approx(found.path_kl.mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_cells(finished, tmp_path):
     """Without its last files, with one method trained but not saved and one group of cells missing."""
     out, metrics = finished
@@ -114,6 +117,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_cells(finished, tmp_path):
     assert "finished" in printed.getvalue()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_can_be_done_without(finished, tmp_path):
     out, metrics = finished
     run = tmp_path / "run"
@@ -178,6 +182,7 @@ def gaussian_score(params, t, x, cond):
     return -params * (1 + t) * x + 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["ExponentialEuler", "Euler", "DDIM", "UniPC", "DPMSolver2S", "Heun"])
 def test_samples_on_a_padded_grid_are_those_of_the_sampler(name, eta):

@@ -117,6 +117,7 @@ LIBRARY_BLOCKS = [(page, i) for page, i in LIBRARY_BLOCKS if page != README or i
 LIBRARY_BLOCKS = [(page, i) for page, i in LIBRARY_BLOCKS if page.name != "solvers.md"]  # fragments: see test_solvers_docs.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "index"), LIBRARY_BLOCKS, ids=lambda v: v.stem if isinstance(v, Path) else str(v))
 def test_code_runs(page, index, workspace, monkeypatch):
     execute(blocks(page, "python")[index], workspace, monkeypatch)
@@ -294,6 +295,7 @@ def test_messages_are_those_of_the_code():
     assert [message for message in messages if not any(message in template for template in known)] == []
 
 
+@pytest.mark.slow
 @each_page
 def test_logs_are_those_of_the_code(page):
     """Every line of a log is a message of the code with something filled in, or a bar that it draws."""

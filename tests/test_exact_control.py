@@ -258,6 +258,7 @@ def test_rewards_of_optimal_draws_are_the_derivative_of_the_optimum(problem):
 # --- the process
 
 
+@pytest.mark.slow
 def test_exponential_euler_is_euler_maruyama_for_a_drift():
     process = DriftProcess(0.8, 1.3, start=0.4, start_std=0.5)
     keys = sample_keys(jr.key(11), 6)

@@ -49,6 +49,7 @@ def chain_optimum(problem, steps, count):
     return problem.kl_weight * (e.max() + np.log(w.mean())), problem.kl_weight * w.std() / w.mean() / np.sqrt(count)
 
 
+@pytest.mark.slow
 def test_the_200_step_chain_of_the_double_well():
     """Its own optimum is about -2.150 (published); that of ever finer chains tends to J*, with an error of first order."""
     problem = double_well()
@@ -78,6 +79,7 @@ def chain_moments(problem, steps):
     return -problem.terminal_cost * second[-1] - problem.state_cost * np.trapezoid(second, ts) - 0.5 * energy, energy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [quadratic_ou_hard, linear_ou], ids=lambda make: make.__name__)
 def test_the_optimal_policy_reaches_the_optimum(make):
     """Simulated, what the chain's moments say at 200 steps; and those tend to J* at first order."""
@@ -94,6 +96,7 @@ def test_the_optimal_policy_reaches_the_optimum(make):
     )  # the linear problem's error is of second order
 
 
+@pytest.mark.slow
 def test_control_error_of_no_control_by_simulation():
     """At 200 steps against the chain's moments (hard); at 400 and 800 steps extrapolated to the fine integral (double well)."""
     problem, keys = quadratic_ou_hard(), sample_keys(jr.key(6), 1000)
@@ -107,6 +110,7 @@ def test_control_error_of_no_control_by_simulation():
     assert abs(2 * fine.mean - coarse.mean - 0.6351) < 4 * np.hypot(2 * fine.se, coarse.se) + bias
 
 
+@pytest.mark.slow
 def test_measures_of_a_constant_error_are_exact():
     """`a = a* + c`: the gap is `lambda T d c^2 / (2 G^2)` and the control error `lambda d c^2 / G^2`, on every path."""
     problem = QuadraticOU(0.3, 0.7, 0.4, dim=3, start=0.4, start_std=0.5, noise=0.8, kl_weight=1.7, horizon=1.3)
@@ -124,6 +128,7 @@ def test_measures_of_a_constant_error_are_exact():
     np.testing.assert_allclose((l2.mean, l2.se), (error, 0), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_gap_is_the_optimum_minus_the_objective():
     """Half the optimal control on the ring: `lambda E int k |a - a*|^2 dt` against `J*` minus `J` by rewards."""
     problem = ring_linear()
@@ -140,6 +145,7 @@ def test_the_gap_is_the_optimum_minus_the_objective():
     assert 0.05 < gap.relative.mean < 0.6 and gap.relative.se < 0.1 * gap.relative.mean
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_linear_policy():
     """`u = u*/2` in the quadratic problem: state and cost by the moment equation, no simulation."""
     problem = quadratic_ou_easy()

@@ -50,6 +50,7 @@ def test_the_default_covers_every_algorithm_on_the_ring_and_two_elsewhere():
     assert {(u.algorithm, u.problem): u.budget for u in full if u[:2] in FOR_THIS_PROBLEM} == FOR_THIS_PROBLEM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_policies_start_at_the_reference_and_see_what_is_said(problem):
     """One network of all coordinates, but for the double well: there coordinate i moves with coordinate i alone."""
@@ -88,7 +89,8 @@ def test_what_does_not_apply_has_a_reason():
 
 
 @pytest.mark.slow
-def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
+def test_the_command_writes_metrics_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.exact.units.PATHS", 128)
     args = ["--out", str(tmp_path / "run"), "--problems", "linear_ou", "--iterations", "2", "--workers", "1"]
     args += ["--algorithms", "adjoint_matching_bootstrapped", "log_variance"]
     assert main(args) == 0
@@ -120,6 +122,7 @@ def test_the_command_writes_metrics_and_resumes(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_temperature():
     """Under `a = a_ref + (a*_{lambda/2} - a_ref)/2` the mean reward from x is `V*_{lambda/2}(t, x)`, so `a` is greedy for it."""
     place = setup("ring_linear")
@@ -143,6 +146,7 @@ def test_the_fixed_point_of_mean_values_is_half_of_the_optimum_at_half_the_tempe
     np.testing.assert_allclose(action(None, t, x), greedy, atol=1e-4 * float(jnp.max(jnp.abs(greedy))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sqdf", "sqdf_per_time"])
 def test_the_fixed_point_of_the_discounted_x0_reward_is_stationary(name):
     """On the ring's chain, the gradient of SQDF's loss in a scale of the pull vanishes there, but for one step's change."""
@@ -177,18 +181,19 @@ def test_plain_names_are_the_published_methods():
         assert np.allclose(sqdf_discount_per_time(objective), per_step, rtol=1e-5) is same
 
 
+@pytest.mark.slow
 def test_what_the_grid_bounds():
     """The policy that ascends V* on the chain, `a = a_ref + std^2/(lambda psi) E grad V*(t', x')`, against a*: docs/exact.md."""
 
     def gap(problem, sampler):
-        path = jax.jit(lambda keys: sampler.trajectory(None, keys))(cd.sample_keys(jax.random.key(0), 1024))
+        path = jax.jit(lambda keys: sampler.trajectory(None, keys))(cd.sample_keys(jax.random.key(0), 512))
         step = sampler.transitions()
 
         @jax.jit
         def rates(row):
             t, t_next, x, phi, psi, std, key = row
             a_ref, a_star = problem.reference_action(None, t, x), problem.optimal_action(None, t, x)
-            noise = jax.random.normal(key, (64, *x.shape))
+            noise = jax.random.normal(key, (32, *x.shape))
 
             def ascend(a, _):
                 ends = (phi * x + psi * a + std * noise).reshape(-1, 2)
@@ -239,6 +244,7 @@ def test_workers_share_the_cores(monkeypatch):
     assert kept == [{3, 7}]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_worker(tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)

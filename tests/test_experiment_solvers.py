@@ -54,6 +54,7 @@ def test_the_measured_order_leaves_rounding_out():
     assert solvers.measured_order(counts, [1e-13] * 5) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [OWN_SDE[0], OWN_SDE[-3], *DIFFRAX_SDE[2:], *DIFFRAX_ODE], ids=lambda case: case.name)
 def test_the_scan_makes_as_many_network_calls(case):
     assert solver_cost.count(case, solver_cost.trivial_problem(2), 2) == 2 * case.stages + case.extra
@@ -79,6 +80,7 @@ def test_the_table_of_costs(tmp_path, capsys):
     assert "| `DPMSolverPP2M` | SDE |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_memory_of_gradients_holds_a_state_per_step():
     """The compiler's figures, of a state large enough to show: at least one saved state per step on either side."""
     problem = solver_cost.trivial_problem(1000)

@@ -60,6 +60,7 @@ def test_hutchinson_agrees_within_its_standard_error(points):
     assert np.max(np.abs(z)) < 4 and 0.4 < np.sqrt(np.mean(z**2)) < 1.8
 
 
+@pytest.mark.slow
 def test_hutchinson_is_exact_for_a_diagonal_jacobian_and_per_sample(points):
     """Random signs give the trace of a diagonal matrix without error; a sample does not depend on the rest of its batch."""
     keys = sample_keys(jr.key(2), len(points))
@@ -77,6 +78,7 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian_and_per_sample(points):
     np.testing.assert_allclose(whole.value[4:8], part.value, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_in_the_sample_is_the_score(points):
     def total(x):
         prior = law(process().t0).log_density

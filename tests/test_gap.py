@@ -51,6 +51,7 @@ def mean_and_error(values):
     return values.mean(), values.std() / np.sqrt(len(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, steps, percent",
     [

@@ -41,6 +41,7 @@ def test_gap_is_the_kl_from_the_optimum(schedule, eta):
     assert kl_from_optimum == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [dfx.Euler(), ExponentialEuler()], ids=lambda solver: type(solver).__name__)
 def test_gap_in_the_accounting_of_the_chain_is_never_negative(solver):
     """With the chain's own KL and the chain's own optimum, `E lambda log E^ref[exp(r/lambda) | X_0]`, at any number of steps.
@@ -92,6 +93,7 @@ SOLVERS = [dfx.Euler(), ExponentialEuler()]
 by_solver = dict(ids=lambda solver: type(solver).__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS, **by_solver)
 def test_log_likelihood_ratios_have_the_path_kl_as_mean_and_normalise(solver):
     """`E^a log dP^a/dP^ref = KL`, `E^ref dP^a/dP^ref = 1`, `E^a[exp(r/lambda) dP^ref/dP^a] = E^ref exp(r/lambda)`: exact for chains."""
@@ -161,6 +163,7 @@ def test_ratio_of_an_unchanged_policy_is_one_for_every_batch_split(solver, dtype
             assert np.all(np.abs(ratio - 1) <= rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver, eta, substeps", [(dfx.Heun(), 0.5, 2), (dfx.Tsit5(), 0.0, 1)], ids=["heun", "tsit5"])
 def test_action_noise_has_a_likelihood_for_any_solver(solver, eta, substeps):
     """One for an unchanged policy; for a policy shifted by a constant, reweighted old paths have the new policy's law exactly."""

@@ -117,6 +117,7 @@ def no_norm_of_the_image(patch):
     patch.setattr(blip_module.BLIPVision, "__call__", lambda self, pixels: self.encoder(self.embeddings(pixels)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [padding_is_seen, norms_before, tanh_gelu, no_norm_of_the_image], ids=lambda m: m.__name__)
 def test_mistakes_go_past_the_gate(files, expected, mistake, monkeypatch):
     mistake(monkeypatch)

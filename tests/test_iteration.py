@@ -117,6 +117,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_only_what_is_read_is_recorded(name):
     """Transitions and paths hold what estimator, value and critic declare: `draft` needs no action of its own, the adjoint no noise."""
@@ -155,6 +156,7 @@ MICROBATCHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MICROBATCHED)
 def test_memory_of_an_update_is_that_of_a_microbatch(name):
     """By the compiler's account, with networks that take more than the rows: an eighth of the rows takes less than a third."""

@@ -61,6 +61,7 @@ def through_all_steps(steps, small_memory):
     return update_memory(cd.draft(objective(steps), training, small_memory=small_memory))
 
 
+@pytest.mark.slow
 def test_memory_of_the_recomputed_gradient_grows_no_faster_than_the_root():
     first, *later = (through_all_steps(n, True) for n in STEPS)
     for n, size in zip(STEPS[1:], later):
@@ -69,6 +70,7 @@ def test_memory_of_the_recomputed_gradient_grows_no_faster_than_the_root():
     assert fast[1] > 3 * fast[0] > 9 * first  # what is saved: the fast gradient stores every step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_memory_of_an_update_does_not_depend_on_the_length_of_paths(name):
     """Updates of 16 rows each; the grid's constants may take a few numbers per step."""
@@ -76,6 +78,7 @@ def test_memory_of_an_update_does_not_depend_on_the_length_of_paths(name):
     assert max(sizes) - min(sizes) <= 8 * 4 * max(STEPS), sizes
 
 
+@pytest.mark.slow
 def test_the_adjoint_is_computed_for_a_part_of_the_paths_at_a_time():
     """Memory besides results, of a network that takes more than the paths: with a quarter of them less than half."""
     control, params = cd.score_control(cd.ResidualMLP(SHAPE, SHAPE, width=512, depth=1, rngs=nnx.Rngs(0)), PROCESS)
@@ -90,6 +93,7 @@ def test_the_adjoint_is_computed_for_a_part_of_the_paths_at_a_time():
     assert memory(4) < memory(1) / 2
 
 
+@pytest.mark.slow
 def test_a_natural_gradient_takes_a_part_of_the_rows_at_a_time():
     """Gradient, Fisher products and line search: memory besides results with an eighth of the rows is less than half."""
     control, params = cd.score_control(cd.ResidualMLP(SHAPE, SHAPE, width=512, depth=1, rngs=nnx.Rngs(0)), PROCESS)
@@ -108,6 +112,7 @@ def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_parameters_and_memories_are_overwritten():
     """The compiled programs write their results where they found what these replace."""
     estimator, critic = ONE_STEP["pathwise"]
@@ -137,6 +142,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, scanned", [*((name, False) for name in ONE_STEP), ("likelihood ratio", True)])
 def test_every_program_is_compiled_once(name, scanned, tmp_path, compilations):
     """In the loop that trains, with evaluations in between."""

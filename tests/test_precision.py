@@ -5,6 +5,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import ctrl_diffusion as cd
@@ -47,6 +48,7 @@ def test_products_are_bfloat16_and_results_float32():
     assert 1e-5 < error < 0.02  # a few roundings of 2^-9
 
 
+@pytest.mark.slow
 def test_an_iteration_keeps_its_state_in_float32():
     _, (control, params) = controls()
     sampler = cd.Sampler(PROCESS, control, SHAPE, grid=PROCESS.grid(4))

@@ -101,6 +101,7 @@ def no_critic():
     return cd.Critic(NoValue(0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_pathwise_through_all_steps_is_the_gradient_of_the_objective():
     state, _, x, noise = iterated(cd.draft(objective(), SGD))
 
@@ -126,6 +127,7 @@ def test_a_discount_per_time_weighs_what_is_left_after_a_step():
     check(state.params, loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon", [np.inf, 0.3])
 def test_the_lean_adjoint_pays_for_where_it_passes(horizon):
     """By Jacobians written out; with a finite horizon mixed with what the policy takes for its mean, by the length of each step."""

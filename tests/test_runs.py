@@ -128,6 +128,7 @@ def test_the_gap_is_one_at_the_reference_and_zero_at_the_optimum():
     assert best["objective"] == pytest.approx(best["reward"] - RING.kl_weight * best["path_kl"])
 
 
+@pytest.mark.slow
 def test_what_is_not_defined_is_none():
     zero = jnp.asarray(0.0)
     numbers = dict(samples=8, reference_samples=8)
@@ -153,6 +154,7 @@ def test_evaluations_that_mean_nothing_are_refused():
 # --- the loop
 
 
+@pytest.mark.slow
 def test_the_loop_without_an_evaluation_and_with_a_budget(tmp_path):
     """It stops where the path KL exceeds the budget, checkpoints that, and has nothing left to do when it is called again."""
     objective = ring_objective()

@@ -49,6 +49,7 @@ def compiled(solver, eta=0.5, frozen=X0):
 SOLVERS = {"euler": dfx.Euler(), "exponential": ExponentialEuler(), "heun": dfx.Heun(), "sra1": dfx.SRA1()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["exponential", "heun"])
 def test_a_sample_depends_on_its_own_key_and_condition_only(solver):
     """Splitting or reordering the batch changes nothing beyond rounding."""
@@ -66,6 +67,7 @@ def test_keys_number_samples_globally():
     np.testing.assert_array_equal(jr.key_data(jnp.concatenate(parts)), jr.key_data(batch()[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, eta", [("euler", 0.5), ("exponential", 0.5), ("exponential", 0.0), ("heun", 0.5), ("sra1", 0.5)]
 )

@@ -117,6 +117,7 @@ def test_reaches_the_optimum_of_the_gaussian_problem():
     assert 0 <= after < 0.05, after
 
 
+@pytest.mark.slow
 def test_published_target_without_kl_to_go_has_another_fixed_point():
     """Without KL-to-go later control looks free, so each step leaves the work to later ones and less path KL is paid in all."""
     exact = problem()
@@ -156,6 +157,7 @@ def test_likelihood_ratio_is_one_before_the_first_update(name):
     assert float(info.metrics["clip_fraction"]) == 0
 
 
+@pytest.mark.slow
 def test_action_noise_improves_a_deterministic_sampler():
     """At eta = 0 the reward of the ODE rises by many standard errors; nothing else (path KL, gap) is claimed there."""
     process = cd.DiffusionProcess(SCHEDULE, 0.0)

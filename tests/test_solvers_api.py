@@ -74,6 +74,7 @@ def float64():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS, ids=label)
 def test_jit_gradient_every_step_and_resume(solver, float64):
     """One noisy problem: the last saved state is the result, the gradient is that of finite differences, and stopping halfway,
@@ -152,6 +153,7 @@ def test_a_last_step_to_zero_noise_returns_the_denoised_state(solver):
     np.testing.assert_allclose(run(start(), jnp.asarray(ode.grid(6), jnp.float32), 6), 0.7, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [DPMSolverPP3M(), DPMSolver2S(), UniPC(2)], ids=label)
 def test_gradients_through_a_last_step_to_zero_noise_are_finite(solver):
     ode, score = one_point_problem(tau_min=0.0)
@@ -165,6 +167,7 @@ def test_gradients_through_a_last_step_to_zero_noise_are_finite(solver):
     assert np.all(np.isfinite(gradient(start())))
 
 
+@pytest.mark.slow
 def test_ddim_and_exact_propagator_agree_at_the_ends_and_only_there():
     def endpoints(eta):
         noise = None if eta == 0 else RecordedPath(jnp.asarray(GRID, jnp.float32), jr.normal(jr.key(3), (STEPS, 5, 2)))
@@ -192,6 +195,7 @@ def test_ddim_transition_is_its_step_and_has_the_published_noise():
         gaussian_transition(DDIM(), frozen_epsilon, t0, t1)
 
 
+@pytest.mark.slow
 def test_epsilon_and_x0_forms_are_one_at_eta_zero_for_one_step_methods_only():
     def run(solver, frozen):
         return integrate(process(0.0, frozen).term(mixture_score, None), solver, GRID, start(), NO_ARGS)
@@ -200,6 +204,7 @@ def test_epsilon_and_x0_forms_are_one_at_eta_zero_for_one_step_methods_only():
     assert np.max(np.abs(run(DPMSolverPP2M(), X0) - run(DPMSolverPP2M(), EPSILON))) > 1e-2
 
 
+@pytest.mark.slow
 def test_churn_draws_from_the_solver_or_the_term_and_says_when_it_cannot():
     ts = jnp.asarray(GRID, jnp.float32)
     path = KeyedPath(ts, KEYS, (2,))
@@ -232,6 +237,7 @@ SDE = [dfx.Euler(), dfx.EulerHeun(), dfx.Heun(), dfx.Midpoint(), dfx.Ralston(), 
 SDE += [dfx.GeneralShARK(), dfx.SlowRK(), dfx.SPaRK()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SDE, ids=label)
 def test_diffrax_sde_solvers_run_on_the_same_term(solver):
     """From the marginal at the start to that at the end, up to the error of the mean of samples and of a hundred steps."""
@@ -244,6 +250,7 @@ def test_diffrax_sde_solvers_run_on_the_same_term(solver):
     assert np.var(got) == pytest.approx(float(variance1), rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SDE[2:], ids=label)
 def test_unrolled_stages_are_those_of_diffrax(solver, float64):
     """`integrate` writes the stages of explicit methods out; diffrax's own loop over them gives the same to rounding."""
@@ -299,6 +306,7 @@ class MyLeapfrogless(dfx.AbstractItoSolver):  # what a user writes: Euler's meth
         return terms.vf(t0, y0, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_bring_your_own_solver(eta):
     """Sampling, a trajectory and a gradient through it, in user code alone."""
@@ -314,6 +322,7 @@ def test_bring_your_own_solver(eta):
         np.testing.assert_allclose(samples, built_in, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_their_batch():
     sampler = Sampler(process(1.0), mixture_score, (2,), grid=GRID, solver=UniPC(2))
     np.testing.assert_allclose(sampler.sample(None, KEYS)[2:4], sampler.sample(None, KEYS[2:4]), atol=2e-5)

@@ -7,6 +7,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.sampler import Sampler
@@ -20,6 +21,7 @@ def score(params, t, x, cond):
     return -params * x
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs():
     process = cd.DiffusionProcess(cd.VPLinear(), eta=1.0)
     keys = cd.sample_keys(jax.random.key(0), 256)

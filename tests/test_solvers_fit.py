@@ -32,6 +32,7 @@ def test_adaptive_ode(solver):
     np.testing.assert_allclose(got.x, gaussian_flow(*(jnp.asarray(t) for t in ends), x), atol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [dfx.HalfSolver(dfx.EulerHeun()), dfx.ShARK(), ExponentialSRA()], ids=label)
 def test_adaptive_sde(solver):
     """Against a fine fixed grid on the same Brownian tree."""

@@ -47,20 +47,28 @@ def target_and_floor():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*OWN_SDE, *DIFFRAX_SDE, *OWN_ODE], ids=lambda case: f"{case.name}-{case.kind}")
 def test_marginals_reach_the_noise_floor_as_steps_grow(case, target_and_floor):
-    """At most 1.3 floors at the most steps, and above 1.6 after a single one (of several evaluations, for some)."""
+    """At most 1.3 floors at the most steps."""
     steps = 200 if case.order == 1 else 100
-    model = process(case.eta, case.frozen)
     target, floor = target_and_floor
-    distances = []
-    for n in (1, steps):
-        ts = jnp.asarray(grids([n])[0], jnp.float32)
-        solver = case.make(None, n)
-        path = KeyedPath(ts, sample_keys(jr.key(3), SETS * SAMPLES), (2,), levy_area_for(solver)) if case.draws else None
-        term = DiffusionTerm(model, mixture_score, path if case.eta > 0 else None)
-        x = exact(jr.key(5), jnp.asarray(SCHEDULE.tau_max))
-        distances.append(mean_distance(endpoint(term, case.make(path, n))(x, ts, n), target))
-    assert distances[1] < 1.3 * floor
-    assert not distances[0] < 1.6 * floor  # one step may also diverge
+    assert distance(case, steps, target) < 1.3 * floor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [OWN_SDE[0], OWN_ODE[0]], ids=lambda case: f"{case.name}-{case.kind}")
+def test_one_step_is_far_from_the_noise_floor(case, target_and_floor):
+    target, floor = target_and_floor
+    assert not distance(case, 1, target) < 1.6 * floor  # one step may also diverge
+
+
+def distance(case, n, target):
+    """The mean distance of what a solver ends in after `n` steps from the exact law."""
+    model = process(case.eta, case.frozen)
+    ts = jnp.asarray(grids([n])[0], jnp.float32)
+    solver = case.make(None, n)
+    path = KeyedPath(ts, sample_keys(jr.key(3), SETS * SAMPLES), (2,), levy_area_for(solver)) if case.draws else None
+    term = DiffusionTerm(model, mixture_score, path if case.eta > 0 else None)
+    x = exact(jr.key(5), jnp.asarray(SCHEDULE.tau_max))
+    return mean_distance(endpoint(term, case.make(path, n))(x, ts, n), target)
 
 
 def test_the_distance_is_that_of_a_shift():

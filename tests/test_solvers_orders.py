@@ -122,6 +122,7 @@ def test_starting_history_keeps_the_order_from_a_start_that_is_not_pure_noise(st
     assert min(ode_slopes(starts, make(), X0, MIDDLE, counts)) < 2.6  # first-order start-up error: two in the limit
 
 
+@pytest.mark.slow
 def test_starting_history_is_the_control_before_the_start_to_third_order():
     x0 = jr.normal(jr.key(0), (8, 1), jnp.float64)
     term, start = process().term(gaussian_score, None), jnp.asarray(MIDDLE)
@@ -147,6 +148,7 @@ DIFFRAX_ODE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", DIFFRAX_ODE, ids=name)
 def test_diffrax_deterministic_order(solver):
     """The same term at diffrax's declared orders (uniform time, away from the stiff end)."""
@@ -186,16 +188,19 @@ WEAK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "frozen", "eta"), WEAK, ids=name)
 def test_weak_order(solver, frozen, eta):
     assert weak_slope(eta, frozen, solver, [128, 256, 512]) == pytest.approx(solver.weak_order, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_weak_order_of_another_noise_scale():
     solver = ERSDE(2, noise_scale=er_sde_noise_scale)
     assert weak_slope(1.0, X0, solver, [32, 64, 128], perturbed=False) == pytest.approx(solver.weak_order, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [EPSILON, X0], ids=name)
 def test_weak_order_of_churn(frozen):
     def solver(path, steps):
@@ -237,6 +242,7 @@ def brownian():
         return x0, path, make, run(x0, grids([cells], make)[0], cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "frozen"), STRONG, ids=name)
 def test_strong_order(brownian, solver, frozen):
     """Mean absolute error at a shared Brownian motion. (Its mean square is ruled by the few paths at a watershed of modes.)"""

@@ -123,6 +123,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_diffusers(case, monkeypatch):
     name, config, step, solver, eta, frozen = CASES[case]

@@ -233,6 +233,7 @@ def ours(solver, eta, frozen):
     return np.asarray(integrate(term, solver, ts, jnp.asarray(START), (None, None), every_step=True))[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_the_published_formulas(case):
     *_, formulas, solver, eta, frozen = CASES[case]

@@ -54,6 +54,7 @@ def test_size_of_a_part_follows_the_context(n, m, shape):
     assert exponentials == [shape]
 
 
+@pytest.mark.slow
 def test_half_precision_of_one_head_is_as_exact_as_of_all():
     """Logits and softmax are float32: only weights and results are rounded. 5 % are for another order of sums."""
     q, k, v, _ = arrays(64, 64)

@@ -37,6 +37,7 @@ def test_the_unet_of_stable_diffusion_15():
     assert UNetConfig().heads == (8, 8, 8, 8)  # heads of width 40, 80, 160, 160
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls, config, parameters, tensors",
     [

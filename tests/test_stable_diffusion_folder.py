@@ -79,6 +79,7 @@ def assert_equal(got, expected, through=None):
         assert a.dtype == b.dtype
 
 
+@pytest.mark.slow
 def test_both_layouts_are_the_same_model(today, tmp_path):
     _, folder = today
     shutil.copytree(folder, tmp_path / "original")
@@ -87,6 +88,7 @@ def test_both_layouts_are_the_same_model(today, tmp_path):
     assert_same(load_folder(folder), load_folder(tmp_path / "original"))
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_what_was_loaded_here_and_in_diffusers(today, tmp_path):
     pipe, folder = today
     model = load_folder(folder)
@@ -135,6 +137,7 @@ def test_saving_replaces_a_folder_as_a_whole(today, tmp_path, monkeypatch):
     assert len(list((tmp_path / "unet").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_half_precision_network_is_saved_as_such(tmp_path):
     folder = saved(unet(), tmp_path / "single")
     network = load_network(UNet, folder, param_dtype=jnp.bfloat16, cast=True)
@@ -191,6 +194,7 @@ def test_truncated_files(folder, kept):
         load_network(UNet, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64], ids=lambda d: np.dtype(d).name)
 def test_other_types_are_cast_on_request(folder, dtype):
     exact = load_network(UNet, folder)
@@ -306,6 +310,7 @@ def test_long_prompts_are_cut_on_request_alone(today):
         tokenize(tokenizer, "a cat")
 
 
+@pytest.mark.slow
 def test_encoding_is_the_pipelines(today):
     pipe, folder = today
     with torch.no_grad():

@@ -69,6 +69,7 @@ def size(tree):
 # --- the start
 
 
+@pytest.mark.slow
 def test_nothing_changes_at_first(plain):
     """Not a single bit."""
     network = nnx.clone(plain)
@@ -82,6 +83,7 @@ def test_nothing_changes_at_first(plain):
             assert 0.8 < float(jnp.max(jnp.abs(array))) * array.shape[0] ** 0.5 <= 1, name
 
 
+@pytest.mark.slow
 def test_nothing_changes_at_first_when_compiled():
     """In bfloat16, where a compiler may keep more digits than it is asked for."""
     network = small()
@@ -91,6 +93,7 @@ def test_nothing_changes_at_first_when_compiled():
     assert not np.array_equal(bits(apply(randomised(network), *INPUTS)), bits(before))
 
 
+@pytest.mark.slow
 def test_attention_is_the_default():
     """32 layers of attention in Stable Diffusion 1, four products each: 797,184 parameters at rank 4, as peft counts."""
 
@@ -119,6 +122,7 @@ def test_types(param_dtype):
 # --- training
 
 
+@pytest.mark.slow
 def test_only_lora_is_trained():
     """In bfloat16, with recomputation, inside `jit`: gradients, optimiser state and updates of LoRA alone."""
     network = small()
@@ -159,6 +163,7 @@ def test_only_lora_is_trained():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(lora_parameters(network)), jax.tree.leaves(lora)))
 
 
+@pytest.mark.slow
 def test_gradients_inside_shard_map():
     """Of replicated parameters, on divided samples: the gradients of one program on all samples."""
     network = small()
@@ -188,6 +193,7 @@ def test_full_fine_tuning(plain):
 # --- merging
 
 
+@pytest.mark.slow
 def test_merging(plain, tmp_path):
     network = changed(plain)
     with pytest.raises(ValueError, match=r"network has LoRA: merge_lora\(network\)"):
@@ -202,6 +208,7 @@ def test_merging(plain, tmp_path):
     assert relative(call(other, *INPUTS), output) < GATE
 
 
+@pytest.mark.slow
 def test_merging_rounds_once():
     """Kernels in bfloat16 become the exact sum to 8 bits, and keep their type."""
     network = small(jnp.bfloat16)

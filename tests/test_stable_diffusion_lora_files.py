@@ -57,6 +57,7 @@ def output(plain):
 # --- what we write
 
 
+@pytest.mark.slow
 def test_diffusers_reads_what_we_write(network, model, output, tmp_path):
     save_lora(network, tmp_path / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
@@ -200,6 +201,7 @@ def test_we_read_what_diffusers_writes(model, plain, tmp_path, write, prefix, ch
     assert relative(network(*INPUTS), call(other, *INPUTS)) < GATE
 
 
+@pytest.mark.slow
 def test_we_read_both_spellings_in_one_file(model, plain, tmp_path):
     """diffusers' own scripts write such files for layers outside of attention, of which it then ignores one half."""
     other = adapted(model, lora_alpha=RANK, target_modules=list(TARGETS))
@@ -211,6 +213,7 @@ def test_we_read_both_spellings_in_one_file(model, plain, tmp_path):
     assert relative(network(*INPUTS), call(other, *INPUTS)) < GATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [EVERYWHERE, dict(use_rslora=True, target_modules=r".*attn2\.to_(q|k)")], ids=["patterns", "rslora"]
 )

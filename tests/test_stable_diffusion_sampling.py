@@ -68,6 +68,7 @@ def generator(network, noising, solver):
     return lambda start, contexts: run(jnp.asarray(start), (params, contexts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "solver"),
     [(name, ExponentialEuler()) for name in SCHEDULERS] + [("SD 1", DDIM())],
@@ -95,6 +96,7 @@ def test_generation(today, name, solver):
         assert relative(model.vae.to_images(latents), images) < GATE
 
 
+@pytest.mark.slow
 def test_images_of_exported_lora(today, tmp_path):
     """diffusers' pipeline loads what we write, and makes our images."""
     pytest.importorskip("peft", reason=EXTRA)

@@ -37,6 +37,7 @@ def test_parity_with_diffusers(models, name, size):
     assert relative(apply(network, *inputs(*size)), call(model, *inputs(*size))) < GATE
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_keeps_types(models):
     _, folder, exact = models["SD 2"]
     network = load_network(UNet, folder, dtype=jnp.bfloat16)
@@ -46,6 +47,7 @@ def test_bfloat16_is_close_and_keeps_types(models):
     assert 1e-4 < relative(got, apply(exact, *inputs(4, 12))) < 0.1  # bfloat16 has 8 bits: 4e-3 per operation
 
 
+@pytest.mark.slow
 def test_gradients_of_all_parameters_with_and_without_remat():
     """As a control uses the network: a pure function of its parameters, all of which matter."""
     config = UNetConfig(

@@ -62,6 +62,7 @@ def test_decode(autoencoder, size):
     assert relative(compiled(VAE.decode)(network, z), nhwc(expected)) < GATE
 
 
+@pytest.mark.slow
 def test_latents_are_scaled(autoencoder):
     _, network = autoencoder
     images = jnp.asarray(normal(0, 1, 8, 8, 3))
@@ -70,6 +71,7 @@ def test_latents_are_scaled(autoencoder):
     np.testing.assert_allclose(network.to_images(latents), network.decode(latents / 0.18215), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_through_the_decoder_with_remat(autoencoder, tmp_path):
     model, network = autoencoder
     recomputing = load_network(VAE, saved(model, tmp_path), remat=True)

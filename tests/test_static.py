@@ -36,6 +36,7 @@ def test_ruff_format():
     run("ruff", "format", "--check", "--no-cache", "--quiet")
 
 
+@pytest.mark.slow
 def test_pyright():
     run("pyright", "--pythonpath", sys.executable)
 

@@ -64,6 +64,7 @@ def finished(tmp_path_factory):
     return config, run(config)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(finished):
     config, metrics = finished
     assert metrics == json.loads((config.out / "metrics.json").read_text())
@@ -96,6 +97,7 @@ def test_the_same_command_again_leaves_it_alone(finished, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lora_gives_the_images_of_the_run(finished):
     """The original folder and the last LoRA, loaded as a user would, sample what the run showed as its result."""
     config, _ = finished
@@ -125,6 +127,7 @@ def test_lora_gives_the_images_of_the_run(finished):
     assert np.max(np.abs(shown["training_before"].astype(int) - shown["training_after"])) > 3
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_keeps_the_state(tmp_path, monkeypatch, capsys):
     """A reward of one's own, given images and prompts; the run that goes on after its error ends as one without."""
     settings = SMALL | dict(reward=("tests.test_text_to_image:pale",), iterations=3, evaluate_every=9)
@@ -158,6 +161,7 @@ def tiny(tmp_path_factory):
 SOME = ("score_as_action", "sqdf", "adjoint_matching", "nabla_db")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_algorithms_apply(tiny, train):
     """Traced, not run: control, value, decoder, reward and prompts fit the programs of every kind of algorithm."""
@@ -174,6 +178,7 @@ def test_algorithms_apply(tiny, train):
     assert (trained < rest / 10) if train == "lora" else rest == 0
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_shapes_of_a_run(tiny):
     """What is compiled for a pod, of which nothing but shapes exists, against a model that was loaded."""
     config = dataclasses.replace(tiny, steps=2, rollouts=2)
@@ -195,6 +200,7 @@ def test_a_plan_does_not_take_what_suits_the_machine_it_is_made_on():
     assert network_options(planned_config({"attention": "cudnn"}))["attention"] is sd.flash_attention
 
 
+@pytest.mark.slow
 def test_guidance_is_part_of_the_policy(tiny):
     """The guided score against its definition; both branches are given a gradient."""
     parts = load_parts(tiny, ONE_DEVICE)
@@ -242,6 +248,7 @@ def test_decoding_in_chunks(tiny):
         np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_in_chunks(tiny):
     """The same score, in which no more than 16 of the 64 pixels attend at a time."""
     x, prompt, found = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.asarray([0, 1]), []

@@ -34,6 +34,7 @@ def uses_ynnpack(flags: str) -> bool:
     return "ynn_fusion" in done.stdout
 
 
+@pytest.mark.slow
 def test_commands_leave_convolutions_to_eigen_unless_told_otherwise():
     assert not uses_ynnpack("")
     assert not uses_ynnpack("--xla_force_host_platform_device_count=2")

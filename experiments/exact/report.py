@@ -132,6 +132,7 @@ def _frontier(results: Sequence[Result]) -> Any:
                 free = not ENTRIES[algorithm].penalised
                 panel.plot(
                     result["path_kl"], result["reward"], "^" if free else "o", color=colours[i % 20], markersize=7,
+                    markeredgecolor="black" if i >= 20 else None,
                     label=f"{algorithm} (no KL penalty)" if free else algorithm,
                 )  # fmt: skip
         panel.set_xlabel("path KL to the reference (nats)", fontsize=9)

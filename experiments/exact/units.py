@@ -171,6 +171,10 @@ def exact_value(place: Setup) -> cd.values.AbstractValue:
 VALUES: dict[str, Callable[[Setup], cd.values.AbstractValue]] = {"exact_critic": exact_value}
 
 
+PATHS = 1024
+"""That every unit is measured on."""
+
+
 class Measures(NamedTuple):
     """What all algorithms on a problem are measured with."""
 
@@ -184,7 +188,7 @@ class Measures(NamedTuple):
 def measures(problem_name: str) -> Measures:
     """Made and compiled once for all units of a problem that a process solves."""
     place = setup(problem_name)
-    evaluator = exact.GapEvaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), 1024))
+    evaluator = exact.GapEvaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), PATHS))
     optimal = make_target(
         np.asarray(place.problem.sample_optimal(evaluator.keys)), np.full(len(evaluator.keys), 1 / len(evaluator.keys))
     )

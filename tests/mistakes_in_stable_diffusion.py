@@ -1,4 +1,7 @@
-"""The parity gate is sharp: each of these mistakes, some of them made in published ports, goes past it."""
+"""The parity gate is sharp: each of these mistakes, some of them made in published ports, goes past it.
+
+Not collected by default, as other mutations: `python -m pytest tests/mistakes_in_stable_diffusion.py`.
+"""
 
 import dataclasses
 import functools
