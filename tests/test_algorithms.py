@@ -147,8 +147,7 @@ def test_fisher_product_is_the_hessian_of_the_path_kl():
 def test_trpo_stays_in_its_radius_in_every_iteration(fisher_transitions):
     """Also with a twenty-fifth of the rows in F: all times are among them, or the KL of the step would be far from the radius."""
     radius = 0.03
-    region = cd.trust.NaturalGradient(radius, fisher_transitions=fisher_transitions)
-    training = cd.Training(region, 512, 1, 1)
+    training = cd.Training(cd.trust.NaturalGradient(radius, fisher_transitions=fisher_transitions), 512, 1, 1)
     problem = objective(25)
     algorithm = cd.score_as_action(problem, EXACT.value, training)
     state = algorithm.init(jnp.zeros(3))

@@ -320,7 +320,7 @@ def test_bad_arguments_are_named():
         QuadraticReward(-1.0, (0.0,))
     with pytest.raises(ValueError, match="sum to 1"):
         GaussianMixture([[0.0], [1.0]], 1.0, [0.5, 0.6])
-    with pytest.raises(ValueError, match="equal length"):
+    with pytest.raises(ValueError, match="one row of equal length per component"):
         GaussianMixture([[0.0], [1.0, 2.0]], 1.0)
     with pytest.raises(ValueError, match=r"std=0\.0 must be positive"):
         GaussianMixture([[0.0]], 0.0)

@@ -99,10 +99,11 @@ def test_installed_wheel_next_to_a_users_own_solvers(archives, tmp_path):
     assert run("-c", textwrap.dedent(code), cwd=user).split() == [ctrl_diffusion.__version__] * 2
 
 
-def test_ci_runs_the_command_of_the_readme():
+def test_ci_runs_the_command_of_the_readme_and_the_rest_of_the_suite():
     script = ROOT / ".ci" / "run"
-    command = script.read_text(encoding="utf-8").splitlines()[-1]
-    assert command.endswith(".venv/bin/python -m pytest -n 2")
+    command, rest = script.read_text(encoding="utf-8").splitlines()[-2:]
+    assert command.endswith(' && .venv/bin/python -m pytest -n 2 -m "not slow"')
+    assert rest == ".venv/bin/python -m pytest -n 2 -m slow"
     assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert os.access(script, os.X_OK)
 

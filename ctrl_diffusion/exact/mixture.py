@@ -99,7 +99,7 @@ class GaussianMixture(eqx.Module):
     def __check_init__(self):
         if len({len(mean) for mean in self.means}) != 1:
             raise ValueError(
-                f"means have lengths {sorted({len(mean) for mean in self.means})}: give one row per component, all equally long."
+                f"means have lengths {sorted({len(mean) for mean in self.means})}: give one row of equal length per component."
             )
         if not self.std > 0:
             raise ValueError(f"std={self.std} must be positive.")

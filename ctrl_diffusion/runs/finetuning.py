@@ -42,8 +42,7 @@ def finetune(
     run bit for bit. Iterations after the checkpoint are logged again.
 
     Args:
-        run: the folder. Its history gets one row per iteration in the phase "finetune", with the iteration's metrics, `iteration` from 0
-            and `wall_seconds`.
+        run: the folder. Its history gets a row per iteration in the phase "finetune": metrics, `iteration` from 0, `wall_seconds`.
         algorithm: a preset, or a result of `ctrl_diffusion.compose`.
         state: the initial state, `algorithm.init(params, value_params)`.
         key: the random key of all iterations.
