@@ -1,5 +1,6 @@
 """The temperature that follows a target path KL: exact values, a resume, one compilation, and where it settles."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_resumed_run_has_the_temperature_of_one_that_was_not_stopped(tmp_path)
             run = cd.runs.RunDirectory(tmp_path / name, {}, loggers=[])
             ended[name], _ = cd.runs.finetune(run, follow, state, jax.random.key(0), iterations=iterations)
     assert float(ended["whole"].kl_weight) != pytest.approx(0.7, rel=0.05)
-    jax.tree.map(np.testing.assert_array_equal, *ended.values())
+    chex.assert_trees_all_equal(*ended.values())
 
 
 def test_the_error_is_clipped_and_the_path_kl_reaches_its_target():
