@@ -108,17 +108,17 @@ class Critic(eqx.Module):
         self, params: Params, objective: Objective, transitions: Transitions, largest: Float[Array, ""] | None = None
     ) -> Float[Array, ""]:
         """Loss of the regression on transitions `[m]`; `largest`: see `largest_exponent`."""
-        value = self._value(
-            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
-        )
+        value = self._value_of(params, objective, transitions)
         return self._loss(value, transitions.value_target, objective.kl_weight, largest)
 
     def largest_exponent(self, params: Params, objective: Objective, transitions: Transitions) -> Float[Array, ""]:
         """The largest `(target - V) / lambda` of transitions `[m]`, which the soft error of a part of a minibatch needs of all of it."""
-        value = self._value(
-            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
-        )
+        value = self._value_of(params, objective, transitions)
         return jnp.max((transitions.value_target - value) / objective.kl_weight)
+
+    def _value_of(self, params: Params, objective: Objective, transitions: Transitions) -> Float[Array, " m"]:
+        t, v = objective.sampler.ts[transitions.j], transitions
+        return self._value(params, t, v.x, v.x_hat, v.r_hat, v.cond)
 
     def _value(self, params: Params, t, x, x_hat, r_hat, cond: Cond) -> Float[Array, " m"]:
         """The value of recorded states. Unused estimates, which are `None`, are replaced by `x` and 0."""
@@ -160,7 +160,5 @@ class MartingaleCritic(Critic):
     ) -> Float[Array, ""]:
         dt = jnp.diff(objective.sampler.ts)
         weight = jnp.sqrt(dt / jnp.mean(dt))[transitions.j]
-        value = self._value(
-            params, objective.sampler.ts[transitions.j], transitions.x, transitions.x_hat, transitions.r_hat, transitions.cond
-        )
+        value = self._value_of(params, objective, transitions)
         return self.loss(weight * value, weight * transitions.value_target, objective.kl_weight)

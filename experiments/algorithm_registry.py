@@ -21,7 +21,7 @@ class AlgorithmSettings(NamedTuple):
 
 
 OPTIONS = ("clip", "horizon", "kl_radius")
-"""AlgorithmSettings that not all algorithms have."""
+"""Settings that only some algorithms have."""
 
 
 class AlgorithmChoice(NamedTuple):

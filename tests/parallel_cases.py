@@ -216,7 +216,7 @@ def test_a_pass_in_one_program_gives_the_same_update(name):
     ids=["pairs", "paths"],
 )
 def test_stratified_minibatches_do_not_depend_on_the_devices(name, ways):
-    """Transitions that are (time, sample) pairs, and rows that are paths; also where a pass is one program."""
+    """Losses on transitions, and on whole paths; also where a pass is one program."""
     alone, _ = made(name, stratified=True)
     for layout, settings in ways:
         same(made(name, layout, stratified=True, **settings)[0], alone)
@@ -224,13 +224,13 @@ def test_stratified_minibatches_do_not_depend_on_the_devices(name, ways):
     assert max(np.max(np.abs(a - b)) for a, b in zip(leaves(shuffled.params), leaves(alone.params))) > 1e-6  # other minibatches
 
 
-def test_the_devices_sample_while_the_host_judges(monkeypatch):
+def test_the_devices_sample_while_the_host_computes_rewards(monkeypatch):
     """All parts are handed to the devices before the host waits for the first."""
     events = []
     module = sys.modules["ctrl_diffusion.algorithms.collect"]
-    paced, judge = Layout.paced, module.compute_reward_terms
+    paced, terms = Layout.paced, module.compute_reward_terms
     monkeypatch.setattr(Layout, "paced", lambda layout, tree: events.append("device") or paced(layout, tree))
-    monkeypatch.setattr(module, "compute_reward_terms", lambda *args: events.append("host") or judge(*args))
+    monkeypatch.setattr(module, "compute_reward_terms", lambda *args: events.append("host") or terms(*args))
     iteration("weighted likelihood", Layout(), reward=host_reward, rollouts=2)
     assert events[:8] == ["device"] * 6 + ["host", "device"]  # keys, conditions (here none), then paths and their actions
 

@@ -50,14 +50,14 @@ def test_all_sides_are_checked_timed_and_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_rows_and_ratios_are_put_to_use(task):
-    """The policies differ, so that ratios, clip and price all take part in the loss that is compared."""
+    """The policies differ, so that ratios, clip and KL penalty all take part in the loss that is compared."""
     learned, metrics = benchmark.our_update(task)(0)
     assert len(learned) == 5
     assert 0.02 < float(metrics["clip_fraction"]) < 0.9
-    price = task.objective.step_penalty(
+    penalty = task.objective.step_penalty(
         task.objective.kl_scales[0], *(task.recorded.rows.a_old[:1], task.recorded.rows.a_ref[:1])
     )
-    assert float(price[0]) > 0
+    assert float(penalty[0]) > 0
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ def test_what_does_not_apply_has_a_reason():
     assert "posterior mean" in str(why_not("sqdf", "double_well"))
     with pytest.raises(ValueError, match="none of these algorithms applies"):
         leaderboard.units(leaderboard.Config(algorithms=("sqdf",), problems=("linear_ou",)))
+    with pytest.raises(ValueError, match="quick=True and full=True"):
+        leaderboard.units(leaderboard.Config(quick=True, full=True))
     with pytest.raises(ValueError, match="algorithms: 'ppo' is not one of"):
         leaderboard.units(leaderboard.Config(algorithms=("ppo",)))
     with pytest.raises(ValueError, match="algorithm='vrad' is not one of score_as_action"):

@@ -220,12 +220,12 @@ def test_the_command_learns_writes_and_resumes(tmp_path, capsys, monkeypatch):
     results = json.loads((out / "metrics.json").read_text())["results"]
     by_unit = {(r["problem"], r["variant"]): r for r in results}
     assert len(by_unit) == 3  # the optimum of the digits is not known
-    learned, guess = by_unit["ring_linear", "optimum_soft"], by_unit["ring_linear", "x0_prediction"]
-    assert learned["updates"] == 48 and guess["updates"] == 0
+    learned, x0_reward = by_unit["ring_linear", "optimum_soft"], by_unit["ring_linear", "x0_prediction"]
+    assert learned["updates"] == 48 and x0_reward["updates"] == 0
     assert learned["error_own"] < 0.5 * learned["early_error_own"]  # 0.3 of 1.6 in fact
     assert learned["error_own"] == learned["error_soft"] == pytest.approx(learned["error_at_optimum"], rel=1e-5)
     digits = by_unit["digits", "x0_prediction"]
-    assert guess["estimate_error"] == 0 < digits["estimate_error"] and digits["error_at_optimum"] is None
+    assert x0_reward["estimate_error"] == 0 < digits["estimate_error"] and digits["error_at_optimum"] is None
     for problem in ("ring_linear", "digits"):
         for name in ("errors", "curves"):
             assert (out / f"{name}-{problem}.png").stat().st_size > 1000

@@ -88,14 +88,8 @@ def recorded(make, **settings):
     results = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS, PHI))
     rows, paths = results["prepare"].results[0], results["remember"].results[1]
     there = [{name for name, v in fields._asdict().items() if v is not None} for fields in (rows, paths)]
-    return there[0] - {"j", "x", "weight", "policy_target", "cond"}, there[1] - {
-        "t",
-        "x",
-        "reward",
-        "penalty",
-        "log_ratio",
-        "cond",
-    }
+    always = {"weight", "policy_target"}, {"t", "reward", "penalty", "log_ratio"}
+    return there[0] - always[0] - {"j", "x", "cond"}, there[1] - always[1] - {"x", "cond"}
 
 
 FIELDS = {

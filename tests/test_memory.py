@@ -21,11 +21,11 @@ F, PHI = cd.value_network(cd.ResidualMLP(SHAPE, (), width=8, depth=1, rngs=nnx.R
 STEPS = (25, 100, 400)
 LEARNED = cd.Critic(cd.StructuredValue(F, PROCESS.t0, PROCESS.t1))
 RETURNS = cd.Critic(NoValue(PROCESS.t0, PROCESS.t1))
-GUESS = cd.Critic(X0RewardValue(PROCESS.t0, PROCESS.t1))
+X0_REWARD = cd.Critic(X0RewardValue(PROCESS.t0, PROCESS.t1))
 ONE_STEP = {
     "likelihood ratio": (LikelihoodRatio(clip=0.2), LEARNED),
     "weighted likelihood": (WeightedLikelihood(), RETURNS),
-    "pathwise": (Pathwise(1), GUESS),
+    "pathwise": (Pathwise(1), X0_REWARD),
     "matching": (Matching(), RETURNS),
     "detailed balance": (GradientBalance(), LEARNED),
 }

@@ -1,9 +1,9 @@
 """Before anything of `experiments.benchmark` is timed: all sides give the same samples, loss and gradient.
 
-The measures is the hand-written side in float64 on the same noise. How far float32 may be from it is measured, not chosen: in float64
-times are moved by a rounding and every output of the network by `ROUNDING` of its standard deviation, with signs that do not change from
-step to step; what this does to samples, loss and gradient is the tolerance. The library's actions are scores, which hold the image only to
-`SCORE |x| / alpha`: for it the outputs are moved by that, too.
+All sides are compared with the hand-written one in float64 on the same noise. The tolerance is measured, not chosen: in float64, times
+are moved by a rounding, and every output of the network by `ROUNDING` of its standard deviation, with signs that do not change from step
+to step. What this does to samples, loss and gradient is how far float32 may be off. The library's actions are scores, which hold the
+image only to `SCORE |x| / alpha`: for it the outputs are moved by that, too.
 """
 
 from typing import Any, NamedTuple

@@ -42,6 +42,8 @@ def units(config: Config) -> list[Unit]:
     """The units of a configuration, in the order of the table: the ring first."""
     require_known("algorithms", config.algorithms, ENTRIES)
     require_known("problems", config.problems, PROBLEMS)
+    if config.quick and config.full:  # the command line refuses them together; this is for callers from Python
+        raise ValueError("quick=True and full=True: choose one.")
     require_at_least(1, seeds=config.seeds, workers=config.workers, iterations=config.iterations)
     seeds = (3 if config.full else 1) if config.seeds is None else config.seeds
     chosen = [

@@ -175,7 +175,7 @@ PATHS = 1024
 """That every unit is measured on."""
 
 
-class Measures(NamedTuple):
+class Evaluation(NamedTuple):
     """What all algorithms on a problem are measured with."""
 
     place: Setup
@@ -185,20 +185,20 @@ class Measures(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def measures(problem_name: str) -> Measures:
+def evaluation(problem_name: str) -> Evaluation:
     """Made and compiled once for all units of a problem that a process solves."""
     place = setup(problem_name)
     evaluator = exact.GapEvaluator(place.problem, cd.sample_keys(jax.random.key(1_000_003), PATHS))
     optimal = make_target(
         np.asarray(place.problem.sample_optimal(evaluator.keys)), np.full(len(evaluator.keys), 1 / len(evaluator.keys))
     )
-    return Measures(place, evaluator, optimal, chain_gap(place) if problem_name in RINGS else None)
+    return Evaluation(place, evaluator, optimal, chain_gap(place) if problem_name in RINGS else None)
 
 
 class Prepared(NamedTuple):
     """What all seeds of an algorithm on a problem share: the compiled loop, and where it converges to if it is biased."""
 
-    measures: Measures
+    evaluation: Evaluation
     algorithm: cd.algorithms.Algorithm
     fixed_point: Control | None
 
@@ -206,7 +206,7 @@ class Prepared(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def prepared(algorithm: str, problem_name: str, budget: Budget, layout: Layout = ONE_DEVICE) -> Prepared:
     """Made once for all seeds, so that they compile once."""
-    choice, measured = ENTRIES[algorithm], measures(problem_name)
+    choice, measured = ENTRIES[algorithm], evaluation(problem_name)
     place = measured.place
     updates = budget.iterations * budget.epochs * budget.minibatches
     rate = optax.cosine_decay_schedule(budget.learning_rate, updates, 0.02)
@@ -225,7 +225,7 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: 
     """Train one unit on the devices of `layout`, and measure it on one."""
     begin = time.perf_counter()
     choice, table = ENTRIES[algorithm], prepared(algorithm, problem_name, budget, layout)
-    params, value_params = table.measures.place.start(seed)
+    params, value_params = table.evaluation.place.start(seed)
     state = table.algorithm.init(params, value_params if choice.learns_value else ())
     history = []
     for i in range(budget.iterations):
@@ -253,7 +253,7 @@ def solve(algorithm: str, problem_name: str, seed: int, budget: Budget, layout: 
 
 def measure(table: Prepared, penalised: bool, params: Any) -> dict[str, Any]:
     """Gap, control error, reward, path KL and distance to the optimal law, on four times the steps of the problem."""
-    (place, evaluator, optimal, chain), fixed_point = table.measures, table.fixed_point
+    (place, evaluator, optimal, chain), fixed_point = table.evaluation, table.fixed_point
     problem, control = place.problem, place.sampler.control
     gap, paths = evaluator.gap(control, params), evaluator.integrals(control, params)
     reward, kl = mean_and_error(paths.returns), mean_and_error(paths.penalty / problem.kl_weight)
