@@ -44,8 +44,13 @@ def places(mutation: Mutation, root: Path = ROOT) -> list[Path]:
 
 def copied(to: Path) -> Path:
     """A copy of what the tests need, without what they leave behind."""
-    kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info")
-    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=kept))
+    usual = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        """Runs lie in the folder `runs` of the root; `ctrl_diffusion/runs` is part of the library."""
+        return usual(folder, names) | ({"runs"} & set(names) if Path(folder) == ROOT else set())
+
+    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=ignored))
 
 
 def arguments(mutation: Mutation) -> list[str]:

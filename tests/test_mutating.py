@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutating import Mutation, arguments, chosen, places
+from tests.mutating import Mutation, arguments, chosen, copied, places
 from tests.mutations import OBJECTIVE, PROCESS, SOLVERS
 from tests.mutations_of_methods import METHODS, NETWORKS
 
@@ -37,3 +37,11 @@ def test_a_text_is_looked_for_in_the_whole_library():
     assert [path.name for path in places(Mutation("one", "class KeyedPath(", "", ""))] == ["path.py"]
     assert places(Mutation("none", "no such text in it", "", "")) == []
     assert len(places(Mutation("many", "import jax\n", "", ""))) > 20
+
+
+def test_the_copy_holds_the_whole_library(tmp_path):
+    """All of its files, in folders of any name."""
+    copy = copied(tmp_path / "copy")
+    for folder in ("ctrl_diffusion", "solvers", "experiments", "tests"):
+        found, expected = ({path.relative_to(root) for path in (root / folder).rglob("*.py")} for root in (copy, ROOT))
+        assert found == expected
