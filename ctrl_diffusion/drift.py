@@ -15,7 +15,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .process import AbstractControlledSDE, Args, ControlFn, State, Time
+from .process import AbstractControlledSDE, Args, ControlFn, State, Time, check_shape
 from .solvers import AbstractSemilinearTerm, Transition, gaussian_transition, standard_normal
 
 RunningCost = Callable[[Time, State], Float[Array, " b"]]
@@ -83,7 +83,9 @@ class DriftTerm(AbstractSemilinearTerm):
 
     def control(self, t, x, args: Args) -> State:
         params, cond = args
-        return self.action(params, t, x, cond)
+        action = self.action(params, t, x, cond)
+        check_shape("the control", action, x)
+        return action
 
     def coefficients(self, t):
         return self.process.coefficients(t)

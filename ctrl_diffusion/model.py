@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from . import predictions, schedules
 from .folders import replaced
-from .networks import ResidualMLP, score_control, split
+from .networks import NetworkScore, ResidualMLP, score_control, split
 from .predictions import Prediction, V
 from .process import DiffusionProcess, Params
 from .sampler import Sampler
@@ -78,10 +78,19 @@ def save(directory: str | os.PathLike, model: DiffusionModel) -> None:
     """Write `model.json` and `params.safetensors` into `directory`. The folder is replaced as a whole and is never half-written.
 
     Only the name of the solver is saved: `load` must be given any other than the default `ExponentialEuler` again.
+
+    Raises:
+        ValueError: if the sampler's control is not the network's score (guidance, a frozen reference): `load` could not restore it.
     """
     from safetensors.flax import save_file  # needed for nothing else
 
     process, schedule = model.process, model.process.schedule
+    if not isinstance(control := model.sampler.control, NetworkScore):
+        name = getattr(control, "__name__", type(control).__name__)
+        raise ValueError(
+            f"the model's control, {name}, is not the score of its network, and a model folder holds a network alone: save the model that "
+            "make_model made with the new params, and make the control anew after loading it."
+        )
     description = {
         "format": FORMAT,
         "network": type(model.network).__name__,

@@ -1,5 +1,6 @@
 """Small networks in flax NNX, and functions that make controls and values from networks."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .predictions import Prediction, V
-from .process import ControlFn, DiffusionProcess
+from .process import ControlFn, DiffusionProcess, check_shape
 
 
 class TimeEmbedding(nnx.Module):
@@ -100,18 +101,28 @@ def split(network: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     return graphdef, params
 
 
+@dataclasses.dataclass(frozen=True)
+class NetworkScore:
+    """The control of a network: its prediction, turned into a score. Equal for networks of one architecture, whatever their parameters."""
+
+    graphdef: nnx.GraphDef
+    process: DiffusionProcess
+    prediction: Prediction
+
+    def __call__(self, params: Any, t: Any, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, "b *x"]:
+        found = nnx.merge(self.graphdef, params)(x, _batched(t, x), cond)
+        check_shape("the network", found, x)
+        return self.prediction.to_score(self.process.schedule, self.process.tau(t), x, found)
+
+
 def score_control(network: nnx.Module, process: DiffusionProcess, prediction: Prediction = V) -> tuple[ControlFn, Any]:
     """The control (a score) and the parameters of a network `network(x, t, cond)` that predicts `prediction`.
 
-    The network gets control time as `t [b]`. Returns `(control, params)` with `control(params, t, x, cond) -> score`, `t` scalar or `[b]`.
+    The network gets control time as `t [b]`. Returns `(control, params)` with `control(params, t, x, cond) -> score`, `t` scalar or
+    `[b]`. `ValueError`, when the control is first traced, if the network's output has not the shape of the states.
     """
     graphdef, params = split(network)
-
-    def control(params, t, x, cond=None):
-        prediction_of_x = nnx.merge(graphdef, params)(x, _batched(t, x), cond)
-        return prediction.to_score(process.schedule, process.tau(t), x, prediction_of_x)
-
-    return control, params
+    return NetworkScore(graphdef, process, prediction), params
 
 
 def value_network(network: nnx.Module) -> tuple[Callable[..., Float[Array, " b"]], Any]:

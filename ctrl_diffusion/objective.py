@@ -79,10 +79,10 @@ class Objective(eqx.Module):
         x0_prediction: X0Prediction = posterior_mean,
         conditions: Conditions | None = None,
     ):
-        if not kl_weight >= 0:
+        if not 0 <= kl_weight < float("inf"):
             raise ValueError(
-                f"kl_weight={kl_weight} must not be negative: it is the temperature lambda, in reward units per nat of path KL. Use 0 for "
-                "no KL penalty, and a larger number to stay closer to the reference."
+                f"kl_weight={kl_weight} must not be negative and must be finite: it is the temperature lambda, in reward units per nat of "
+                "path KL. Use 0 for no KL penalty, and a larger number to stay closer to the reference."
             )
         self.sampler, self.reward, self.kl_weight = sampler, as_reward(reward), float(kl_weight)
         self.penalised = self.kl_weight > 0

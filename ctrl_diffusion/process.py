@@ -45,6 +45,14 @@ ControlFn = Callable[[Params, Time, State, Cond], State]  # action = control(par
 Args = tuple[Params, Cond]
 
 
+def check_shape(what: str, found: Any, x: State) -> None:
+    """Raise `ValueError` unless a control or network gives one number for each entry of the states. Others would be broadcast."""
+    if jnp.shape(found) != x.shape:
+        raise ValueError(
+            f"{what} returned shape {jnp.shape(found)} for states of shape {x.shape}: return one number for each entry of a state."
+        )
+
+
 class AbstractControlledSDE(eqx.Module):
     """`dX = (A X + B a) dt + G dW` on `[t0, t1]`, with a running cost. The objective needs nothing else of a process."""
 
@@ -205,6 +213,7 @@ class DiffusionTerm(AbstractSemilinearTerm):
     def vf(self, t, y, args: Args) -> Field:
         params, cond = args
         score = self.action(params, t, y, cond)
+        check_shape("the control", score, y)
         a, b, g = self.process.coefficients(t)
         u = self.process.frozen.from_score(self.process.schedule, self.process.tau(t), y, score)
         return Field(u, a * y + b * score, g)  # the drift in the action: regular at zero noise

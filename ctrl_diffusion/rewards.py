@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from .chunks import in_chunks
 from .parallel import from_local_rows, local_rows
+from .scores import RewardError as RewardError, are_finite, as_numbers, check_numbers, check_samples
 
 
 class Reward(eqx.Module):
@@ -42,10 +43,6 @@ class Reward(eqx.Module):
     def __call__(self, x: Any, cond: Any = None) -> Any:
         """The rewards of samples, unchecked and without `view`; `compute_rewards` checks them and applies `view`."""
         return self.fn(x, cond) if self.conditional else self.fn(x)
-
-
-class RewardError(ValueError):
-    """A reward raised an exception, or did not return one finite number per sample."""
 
 
 class _Compiled(eqx.Module):
@@ -174,10 +171,12 @@ def pooled(
             samples = f"samples {i} to {min(i + chunk, len(x)) - 1}"
             try:
                 left = None if time_limit is None else max(time_limit - (time.monotonic() - begin), 0)
-                value = np.asarray(part.get(left))
+                value = as_numbers(name or _name(fn), part.get(left), np.float64)
             except multiprocessing.TimeoutError:
                 pools.pop().terminate()  # threads are left behind: they end with the process
                 raise TimeoutError(f"no value for {samples} within time_limit={time_limit:g} seconds") from None
+            except RewardError:
+                raise
             except Exception as error:
                 raise RuntimeError(f"{samples}: {type(error).__name__}: {error}") from error
             if value.shape != (len(x[i : i + chunk]),):
@@ -220,27 +219,34 @@ def compute_rewards(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -
     if reward.parts and not reward.differentiable:
         return sum(weight * compute_rewards(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
     seen = x if reward.differentiable or reward.view is None else _apply(reward.view, x)
+    finite = local_rows(are_finite(seen))
+    _raise_together(_error_of(lambda: check_samples(reward.name, finite))[1], reward, x)
+    values, error = _error_of(lambda: _checked(reward, seen, cond))
+    _raise_together(error, reward, x)
+    return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)
+
+
+def _error_of(fn: Callable[[], Any]) -> tuple[Any, RewardError | None]:
+    """The result of `fn` or the error that it raised."""
     try:
-        values, error = _checked(reward, seen, cond), None
-    except RewardError as found:
-        values, error = None, found
-    _raise_together(reward, error, x)
-    return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+        return fn(), None
+    except RewardError as error:
+        return None, error
 
 
 def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
     """All numbers of a differentiable reward; of a black box, the numbers of this process's rows."""
     if reward.differentiable:
         values = _called(reward, x, cond)
-        _check(reward, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
+        check_numbers(reward.name, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
         return values
     rows, cond = jax.tree.map(local_rows, (x, cond))
-    values = np.asarray(_called(reward, rows, cond))
-    _check(reward, values.shape, values, rows.shape)
+    values = as_numbers(reward.name, _called(reward, rows, cond), x.dtype)
+    check_numbers(reward.name, values.shape, values, rows.shape)
     return values
 
 
-def _raise_together(reward: Reward, error: RewardError | None, x: Float[Array, "b *x"]) -> None:
+def _raise_together(error: RewardError | None, reward: Reward, x: Float[Array, "b *x"]) -> None:
     """Raise the error on all processes that share `x`. Otherwise the others would wait for the one that failed."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
@@ -263,25 +269,10 @@ def compute_reward_terms(
 def _called(reward: Reward, x, cond) -> Any:
     try:
         return reward(x, cond)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"reward {reward.name!r} raised {type(error).__name__} on a batch of {x.shape}: {error}") from error
-
-
-def _check(reward: Reward, found: tuple[int, ...], values: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise `RewardError` unless `values` are finite numbers, one for each sample of a batch of `shape`."""
-    if found != shape[:1]:
-        raise RewardError(
-            f"reward {reward.name!r} returned shape {found} for a batch of {shape[0]} samples: "
-            f"return one number per sample, shape ({shape[0]},)."
-        )
-    if not np.issubdtype(values.dtype, np.number):
-        raise RewardError(f"reward {reward.name!r} returned {values.dtype} values: return real numbers.")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise RewardError(
-            f"reward {reward.name!r} returned {values[bad[0]]} for sample {bad[0]} ({len(bad)} of {len(values)} samples are not "
-            "finite): return a finite number for every sample, for example by bounding a logarithm."
-        )
 
 
 def _name(fn: Callable) -> str:

@@ -46,6 +46,9 @@ class Sampler(eqx.Module):
     dtype: Any = eqx.field(static=True)
 
     def __init__(self, process, control, shape, *, grid=None, solver=None, dtype=jnp.float32):
+        for name, value in (("process", process), ("control", control), ("solver", solver)):
+            if isinstance(value, type):
+                raise TypeError(f"{name}={value.__name__} is a class: pass an instance, {value.__name__}(...).")
         self.process, self.control, self.shape, self.dtype = process, control, tuple(shape), dtype
         self.times = tuple(process.check_grid(process.grid(50) if grid is None else grid).tolist())
         self.solver = ExponentialEuler() if solver is None else solver

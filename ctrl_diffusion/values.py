@@ -64,6 +64,10 @@ class AbstractValue(eqx.Module):
     uses_reward: AbstractVar[bool]
     """Whether the value needs `r_hat = r(x_hat)` before `t1`; this costs one reward evaluation per state."""
 
+    def __check_init__(self):
+        if not self.t0 < self.t1:
+            raise ValueError(f"t0={self.t0} must be below t1={self.t1}: control time runs from noise to data.")
+
     @property
     def uses_x_hat(self) -> bool:
         """Whether the value needs `x_hat` itself, and not only its reward. If not, it is given `x` in its place."""

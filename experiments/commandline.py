@@ -70,6 +70,16 @@ def require_known(name: str, chosen: Iterable[str], known: Iterable[str]) -> Non
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
 
 
+def require_learning_rates(config: Any) -> None:
+    """`ValueError` for the first learning rate of a configuration that no optimiser could use; None stands for a default."""
+    for field in dataclasses.fields(config):
+        rate = getattr(config, field.name)
+        if field.name.endswith("learning_rate") and rate is not None and not 0 < rate <= 1:
+            raise ValueError(
+                f"{field.name}={rate} must be above 0 and at most 1: Adam moves a parameter by about that much at a time."
+            )
+
+
 def require_at_least(low: int, **numbers: int | None) -> None:
     """`ValueError` for the first setting below `low`; None stands for a default."""
     for name, number in numbers.items():

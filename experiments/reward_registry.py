@@ -1,10 +1,11 @@
 """The rewards that the command lines know by name, each with its default KL weight: one row for each."""
 
 import importlib
+import inspect
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ class RewardSettings(NamedTuple):
     Attributes:
         log_probabilities: of a frozen classifier of digits, where there are labels.
         digit: the digit asked for.
-        prompts: all that there are; the condition of a reward is the number of one.
+        prompts: all that there are; the condition of a reward is the number of one. `metadata`: the other fields of each.
         folder: where the files of reward models lie, in a folder for each by its name.
         chunk: images that are rewarded together.
     """
@@ -33,6 +34,7 @@ class RewardSettings(NamedTuple):
     log_probabilities: LogProbabilities | None = None
     digit: int = 0
     prompts: Sequence[str] = ()
+    metadata: Sequence[Mapping[str, Any]] = ()
     folder: Path = Path("rewards")
     chunk: int = 8
 
@@ -146,13 +148,13 @@ OF_IMAGES: dict[str, RewardChoice] = {
 
 def make_reward(names: Sequence[str], weights: Sequence[float], settings: RewardSettings) -> Reward:
     """The weighted sum of rewards of images and prompts: by name, or your own as `module:function`. Weights are 1 if none is given."""
-    found = [_own(name, settings.prompts) if ":" in name else OF_IMAGES[name].make(settings) for name in names]
+    found = [_own(name, settings) if ":" in name else OF_IMAGES[name].make(settings) for name in names]
     if len(found) == 1 and not weights:
         return found[0]
     return weighted_sum(*zip(weights or [1.0] * len(found), found))
 
 
-def _own(name: str, prompts: Sequence[str]) -> Reward:
+def _own(name: str, settings: RewardSettings) -> Reward:
     module, _, function = name.partition(":")
     try:
         fn = getattr(importlib.import_module(module), function)
@@ -161,7 +163,13 @@ def _own(name: str, prompts: Sequence[str]) -> Reward:
             f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
         ) from error
 
-    def score(images: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-        return np.asarray(fn(images, [prompts[i] for i in prompt]))
+    if isinstance(fn, Reward):  # a differentiable one
+        return fn
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes = [p for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
+
+    def score(images: np.ndarray, prompt: np.ndarray) -> Any:
+        given = [[of[i] for i in prompt] for of in (settings.prompts, settings.metadata)]
+        return fn(images, *given[: max(len(takes) - 1, 1)])
 
     return black_box(score, function, conditional=True)

@@ -27,9 +27,11 @@ class ERSDE(AbstractMultistep):
 
     With `noise_scale=None` the solver uses the noise of the term, `phi(n) = n^{1 + eta^2}`. It then differs from
     `ExponentialAdamsBashforth` by the variable of the polynomial, has deterministic order `steps`, weak order 2 (1 for one step) and
-    strong order 1, and stays smooth at zero noise. Any other `phi` replaces the term's noise; `phi` must increase, and `phi(n)/n` must
-    not decrease. If the control is exact, the marginals are still those of the term. The paths are those of another SDE: the solver
-    has no strong order, and likelihoods of the term's paths do not hold.
+    strong order 1, and at eta = 0 stays smooth at zero noise. Any other `phi` replaces the term's noise; `phi` must increase, and
+    `phi(n)/n` must not decrease. If the control is exact, the marginals are still those of the term. The paths are those of another
+    SDE: the solver has no strong order, and likelihoods of the term's paths do not hold.
+
+    A step of an SDE to zero noise (`n1 = 0`) ends in the newest `D`: an extrapolation would carry the noise of earlier states.
 
     **Deviation.** The derivatives are those of the interpolating polynomial at its newest node. The released code uses the last
     backward difference for D', so its third-order solver has classical order 2.
@@ -93,4 +95,9 @@ class ERSDE(AbstractMultistep):
         weights = weights * n / (n0 - n1)  # of dtheta
         start = scale(n1) / scale(n0)
         fractions = [1 - start, *(1 - j * jnp.sum(weights * w * theta ** (j - 1)) for j in range(1, self.steps))]
-        return tuple(alpha * jnp.where(finite, fraction, 1) for fraction in fractions)
+        noisy = (rate > 1) if self.noise_scale is None else True
+        last = [
+            1,
+            *(jnp.where(noisy, 0, 1) for _ in fractions[1:]),
+        ]  # of the polynomial at zero noise: its value at the newest node
+        return tuple(alpha * jnp.where(finite, fraction, end) for fraction, end in zip(fractions, last))

@@ -31,7 +31,6 @@ from ctrl_diffusion.estimators import (
 from ctrl_diffusion.parallel import Layout, make_mesh
 from ctrl_diffusion.runs import RunDirectory
 from ctrl_diffusion.values import NoValue
-from experiments.exact import units
 from experiments.value_networks.cases import Size, ring_case
 from experiments.value_networks.fit import FitBudget, learn
 from experiments.value_networks.variants import BY_NAME
@@ -198,21 +197,22 @@ def test_conditions_and_fixed_arrays_do_not_depend_on_the_devices():
     assert len(set(np.asarray(info.cond).tolist())) == 4
 
 
-@pytest.mark.parametrize("name", ["likelihood ratio", "natural gradient"])
-def test_a_pass_in_one_program_gives_the_same_update(name):
+def test_a_pass_in_one_program_gives_the_same_update():
     """State and metrics, of the first minibatch (the largest log-ratio) and of the last."""
     with jax.enable_x64(True):
         settings = {"epochs": 2, "minibatches": 4}
-        (alone, info), (state, found) = (iteration(name, Layout(), **settings, scan_minibatches=v) for v in (False, True))
+        (alone, info), (state, found) = (
+            iteration("likelihood ratio", Layout(), **settings, scan_minibatches=v) for v in (False, True)
+        )
     same(state, alone, rtol=1e-8, atol=1e-10)
-    assert set(found.metrics) == set(info.metrics) and ("first_log_ratio" in found.metrics) == (name == "likelihood ratio")
+    assert set(found.metrics) == set(info.metrics) and "first_log_ratio" in found.metrics
     for metric, value in info.metrics.items():
         np.testing.assert_allclose(found.metrics[metric], value, rtol=1e-7, atol=1e-10, err_msg=metric)
 
 
 @pytest.mark.parametrize(
     ("name", "ways"),
-    [("likelihood ratio", [("eight", {}), ("four by two", SCANNED)]), ("path consistency", [("eight", SCANNED)])],
+    [("likelihood ratio", [("four by two", SCANNED)]), ("path consistency", [("eight", {})])],
     ids=["pairs", "paths"],
 )
 def test_stratified_minibatches_do_not_depend_on_the_devices(name, ways):
@@ -304,13 +304,3 @@ def test_the_value_network_experiment_does_not_depend_on_the_devices(tmp_path):
     assert one["square_soft"][0][0] != one["square_soft"][0][-1]
     with pytest.raises(ValueError, match="transitions of an update=60 must be a multiple of the number of devices, 8"):
         learn(case, BY_NAME["structured"], budget._replace(transitions=60), layouts()["eight"])
-
-
-def test_a_unit_of_the_leaderboard_does_not_depend_on_the_devices(monkeypatch):
-    """What is trained; it is measured on one device."""
-    monkeypatch.setattr(units, "measure", lambda table, penalised, params: {"params": params})
-    budget = units.budget_for("log_variance", "linear_ou")._replace(iterations=2)
-    one, eight = (units.solve("log_variance", "linear_ou", 0, budget, layouts()[name]) for name in ("one", "eight"))
-    start, _ = units.setup("linear_ou").start(0)
-    assert max(np.max(np.abs(a - b)) for a, b in zip(leaves(one["params"]), leaves(start))) > 1e-3
-    same(eight["params"], one["params"], atol=1e-5)

@@ -39,8 +39,7 @@ def test_samples_of_a_larger_network():
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten([leaf + 0.05 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
     found = []
-    for layout in (Layout(), Layout(make_mesh(devices=jax.devices()[:2])), Layout(make_mesh())):
+    for layout in (Layout(), Layout(make_mesh())):
         keys = layout.put(cd.sample_keys(jax.random.key(0), 512), layout.batch)
         found.append(np.asarray(jax.jit(model.sampler.sample)(layout.put(params, layout.parameters), keys)))
     np.testing.assert_array_equal(found[1], found[0])
-    np.testing.assert_array_equal(found[2], found[0])

@@ -53,11 +53,11 @@ def chain_optimum(problem, steps, count):
 def test_the_200_step_chain_of_the_double_well():
     """Its own optimum is about -2.150 (published); that of ever finer chains tends to J*, with an error of first order."""
     problem = double_well()
-    (coarse, coarse_error), (fine, fine_error) = (chain_optimum(problem, steps, 2000) for steps in (200, 400))
+    (coarse, coarse_error), (fine, fine_error) = (chain_optimum(problem, steps, 500) for steps in (200, 400))
     assert abs(coarse + 2.150) < 0.5e-3 + 4 * coarse_error
     error = np.hypot(2 * fine_error, coarse_error)
     bias = (coarse - fine) ** 2 / abs(fine)  # second order
-    assert error < 0.01
+    assert error < 0.02
     assert abs(2 * fine - coarse - float(problem.optimal_value())) < 4 * error + bias + 2 * WELL
 
 
@@ -99,10 +99,10 @@ def test_the_optimal_policy_reaches_the_optimum(make):
 @pytest.mark.slow
 def test_control_error_of_no_control_by_simulation():
     """At 200 steps against the chain's moments (hard); at 400 and 800 steps extrapolated to the fine integral (double well)."""
-    problem, keys = quadratic_ou_hard(), sample_keys(jr.key(6), 1000)
+    problem, keys = quadratic_ou_hard(), sample_keys(jr.key(6), 300)
     error = GapEvaluator(problem, keys).zero_control_l2_error
     expected = chain_moments(problem, 200)[1]
-    assert abs(error.mean - expected) < 4 * error.se and error.se < 0.01 * expected
+    assert abs(error.mean - expected) < 4 * error.se and error.se < 0.02 * expected
     assert abs(expected / 28.95 - 1) < 0.005
     problem = double_well()
     coarse, fine = (GapEvaluator(problem, keys, steps=steps).zero_control_l2_error for steps in (400, 800))
@@ -137,7 +137,7 @@ def test_the_gap_is_the_optimum_minus_the_objective():
         return params * problem.optimal_action(None, t, x) + (1 - params) * problem.reference_action(None, t, x)
 
     amount = jnp.asarray(0.5)
-    evaluator = GapEvaluator(problem, sample_keys(jr.key(8), 2000), steps=200)
+    evaluator = GapEvaluator(problem, sample_keys(jr.key(8), 1000), steps=200)
     gap, reached = evaluator.gap(half, amount), evaluator.objective(half, amount)
     by_rewards = float(problem.optimal_value()) - reached.mean
     bias = 0.01 * abs(float(problem.optimal_value()))  # of 200 steps, first order: 0.5 % of the exact optimum (test_gap.py)

@@ -9,7 +9,7 @@ import pytest
 
 from ctrl_diffusion.likelihood import log_likelihood
 from ctrl_diffusion.process import DiffusionProcess
-from ctrl_diffusion.schedules import VPLinear
+from ctrl_diffusion.schedules import VPLinear, VPTable
 from ctrl_diffusion.solvers import sample_keys
 from experiments.solvers.problems import SCHEDULE, mixture, mixture_score, process
 
@@ -58,6 +58,18 @@ def test_hutchinson_agrees_within_its_standard_error(points):
     z = (got.value - exact) / got.standard_error
     assert np.all(got.standard_error > 0)
     assert np.max(np.abs(z)) < 4 and 0.4 < np.sqrt(np.mean(z**2)) < 1.8
+
+
+def test_steps_adapt_to_a_tabulated_schedule(points):
+    """The default tolerance is enough for 1e-4, as on a closed form, in as many steps as that takes: a table has no corners."""
+    schedule = VPTable(tau_min=0.02)
+
+    def score(params, t, x, cond):
+        return law(t, schedule).score(x)
+
+    prior = law(schedule.horizon - schedule.tau_max, schedule).log_density
+    got = log_likelihood(DiffusionProcess(schedule), score, None, points, log_prior=prior, max_steps=40)
+    np.testing.assert_allclose(got.value, law(schedule.horizon - schedule.tau_min, schedule).log_density(points), atol=1e-4)
 
 
 @pytest.mark.slow

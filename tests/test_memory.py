@@ -145,7 +145,8 @@ def compilations():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, scanned", [*((name, False) for name in ONE_STEP), ("likelihood ratio", True)])
 def test_every_program_is_compiled_once(name, scanned, tmp_path, compilations):
-    """In the loop that trains, with evaluations in between."""
+    """In the loop that trains, with evaluations in between; algorithms that sample alike would share programs."""
+    jax.clear_caches()
     algorithm = composed(name, 4, batch=8, epochs=2, minibatches=2, rollouts=2, scan_minibatches=scanned)
     run, seen = RunDirectory(tmp_path, {}), []
 

@@ -91,13 +91,18 @@ def test_table_in_float32_is_exact_to_rounding():
     np.testing.assert_allclose(alpha**2, cumulative, rtol=20 * np.finfo(np.float32).eps)  # log alpha is of order 3
 
 
-def test_table_has_a_constant_rate_between_nodes():
+def test_the_rate_of_a_table_is_continuous_and_of_its_entries_in_the_mean():
+    """Its integral over an interval is the entry's `log(1 - beta) / 2`; it never changes sign, and does not jump at nodes."""
     betas = np.array([0.1, 0.3, 0.2])
-    schedule = VPTable(betas=tuple(betas.tolist()), horizon=6.0, tau_max=6.0)
-    for offset in (0.3, 1.0, 1.9):  # two units of time per entry
-        tau = jnp.asarray(2.0 * np.arange(3) + offset)
-        np.testing.assert_allclose(schedule.f(tau), 0.25 * np.log1p(-betas), rtol=1e-12)
-        np.testing.assert_allclose(schedule.g_squared(tau), -0.5 * np.log1p(-betas), rtol=1e-12)
+    schedule = VPTable(betas=tuple(betas.tolist()), horizon=6.0, tau_max=6.0)  # two units of time per entry
+    nodes, weights = np.polynomial.legendre.leggauss(3)  # exact for the quadratic rate
+    for i, beta in enumerate(betas):
+        integral = weights @ np.asarray(schedule.f(jnp.asarray(2.0 * i + 1 + nodes)))
+        np.testing.assert_allclose(integral, 0.5 * np.log1p(-beta), rtol=1e-12)
+    everywhere = jnp.linspace(0.0, 6.0, 601)
+    assert np.all(schedule.f(everywhere[1:-1]) < 0) and np.all(schedule.g_squared(everywhere[1:-1]) > 0)
+    inner = jnp.asarray([2.0, 4.0])
+    np.testing.assert_allclose(schedule.f(inner - 1e-9), schedule.f(inner + 1e-9), atol=1e-8)
 
 
 def test_small_noise_survives_float32():

@@ -298,6 +298,12 @@ def test_the_soft_error_is_least_at_the_soft_mean():
     np.testing.assert_allclose(soft_error(jnp.zeros(3), near, 1.0), jnp.mean(near**2) / 2, rtol=0.02)
 
 
+def test_times_that_are_swapped_are_refused():
+    for make_value in (lambda: cd.StructuredValue(lambda *a: a[2], 1.0, 0.0), lambda: cd.values.NoValue(1.0, 1.0)):
+        with pytest.raises(ValueError, match=r"t0=1.0 must be below t1="):
+            make_value()
+
+
 def test_value_coefficients_that_break_the_boundary_are_refused():
     with pytest.raises(ValueError, match=r"c_skip\(0\)=0 and c_out\(0\)=1 must be 1 and 0"):
         cd.StructuredValue(lambda *a: a[2], 0.0, 1.0, identity, one_minus)
@@ -305,6 +311,7 @@ def test_value_coefficients_that_break_the_boundary_are_refused():
 
 BAD = {
     "kl_weight": (-0.5, r"kl_weight=-0.5 must not be negative"),
+    "kl_weight nan": (float("nan"), r"kl_weight=nan must not be negative and must be finite"),
     "clip": (-1.0, r"clip=-1.0 must not be negative: use inf"),
     "horizon": (-1.0, r"horizon=-1.0 must not be negative"),
     "minibatches": (7, r"minibatches=7 must divide batch \* intervals = 16 \* 5 = 80"),
@@ -316,7 +323,7 @@ BAD = {
 def test_bad_arguments_are_named(name):
     value, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        make(problem(), steps=5, batch=16, **{name: value})
+        make(problem(), steps=5, batch=16, **{name.split()[0]: value})
 
 
 def test_brownian_exploration_needs_noise():

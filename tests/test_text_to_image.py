@@ -1,6 +1,7 @@
 """Text to image, end to end on a tiny random model in the real folder format: through the same code as a real one."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from experiments.algorithm_registry import ALGORITHMS
 from experiments.pod_plan.text_to_image import abstract_parts, planned_config, text_to_image_programs
 from experiments.random_model.writer import Config as RandomModel, write_random_model
 from experiments.text_to_image.__main__ import main
-from experiments.text_to_image.checks import check, digest_of_prompts, kl_weight_of, read_prompts
+from experiments.text_to_image.checks import check, kl_weight_of
 from experiments.text_to_image.config import Config
 from experiments.text_to_image.experiment import prompt_diversity, run
 from experiments.text_to_image.parts import (
@@ -34,6 +35,7 @@ from experiments.text_to_image.parts import (
     rows_of_prompts,
     suited_attention,
 )
+from experiments.text_to_image.prompts import read_prompts
 from experiments.text_to_image.report import MEANINGS
 from experiments.text_to_image.settings import PUBLISHED
 
@@ -42,6 +44,9 @@ SMALL = dict(
     checkpoint_every=1, evaluation_solvers=(), evaluation_steps=(), learning_rate=1e-2, reward=("brightness",),
     algorithm="dpok", kl_weight=0.0,
 )  # fmt: skip
+OWN = SMALL | dict(
+    reward=("tests.test_text_to_image:pale",), iterations=3, evaluation_solvers=("DPMSolverPP2M",), evaluation_steps=(3,)
+)
 
 
 def pale(images, prompts):
@@ -58,9 +63,8 @@ CALLS: list = []
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("text_to_image") / "run"
-    settings = SMALL | dict(evaluation_solvers=("DPMSolverPP2M",), evaluation_steps=(3,), algorithm="draft_1")
-    config = Config(out=out, **settings)
+    """A run with a reward of one's own, given images and prompts."""
+    config = Config(out=tmp_path_factory.mktemp("text_to_image") / "run", **OWN)
     return config, run(config)
 
 
@@ -68,7 +72,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_everything_behind(finished):
     config, metrics = finished
     assert metrics == json.loads((config.out / "metrics.json").read_text())
-    assert metrics["path_kl"] > 0 and metrics["iterations"] == 2
+    assert metrics["path_kl"] > 0 and metrics["iterations"] == 3
     assert np.isclose(metrics["gain"], metrics["reward"] - metrics["reward_before"], atol=1e-6)
     gain, se = metrics["gain"] + metrics["held_out_gain"], np.hypot(metrics["gain_se"], metrics["held_out_gain_se"])
     assert gain > 3 * se > 0  # brightness is easy
@@ -85,7 +89,7 @@ def test_a_run_leaves_everything_behind(finished):
     page = (config.out / "gallery.html").read_text()
     assert page.count("<img") >= 4 * config.evaluation_samples and "http" not in page
     rows = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [0, 1]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert all(row["reward_worst_prompt"] <= row["reward"] <= row["reward_best_prompt"] for row in rows)
     for name in ("samples.png", "curves.png"):
         assert (config.out / name).stat().st_size > 10_000
@@ -102,9 +106,9 @@ def test_lora_gives_the_images_of_the_run(finished):
     """The original folder and the last LoRA, loaded as a user would, sample what the run showed as its result."""
     config, _ = finished
     folders = sorted(path.name for path in (config.out / "lora").iterdir())
-    assert folders == ["iteration_00001", "iteration_00002"]
+    assert folders == ["iteration_00001", "iteration_00002", "iteration_00003"]
     model = sd.load_folder(config.out / "tiny-random")
-    prompts = read_prompts(config)[0][:2]
+    prompts = [prompt.text for prompt in read_prompts(config)[0][:2]]
     contexts = sd.encode_prompts(model, [*prompts, ""])
     noising = model.noising
     process = noising.process(config.steps)
@@ -128,26 +132,26 @@ def test_lora_gives_the_images_of_the_run(finished):
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_keeps_the_state(tmp_path, monkeypatch, capsys):
-    """A reward of one's own, given images and prompts; the run that goes on after its error ends as one without."""
-    settings = SMALL | dict(reward=("tests.test_text_to_image:pale",), iterations=3, evaluate_every=9)
+def test_a_reward_that_fails_keeps_the_state(finished, tmp_path, monkeypatch, capsys):
+    """The run that goes on after its error, by the command, ends as one without."""
     args = [
         word
-        for name, v in settings.items()
+        for name, v in OWN.items()
         for word in (f"--{name.replace('_', '-')}", *map(str, v if isinstance(v, tuple) else (v,)))
     ]
     CALLS.clear()
     monkeypatch.setenv("FAIL_FROM_NOW_ON", "1")
-    assert main(["--out", str(tmp_path / "failed"), *args]) == 1
+    rare = ["--evaluate-every", "9"]
+    assert main(["--out", str(tmp_path / "failed"), *args, *rare]) == 1
     assert "error: iteration 1: " in (text := capsys.readouterr().err) and "the judge is out" in text
     monkeypatch.delenv("FAIL_FROM_NOW_ON")
-    assert main(["--out", str(tmp_path / "failed"), *args]) == 0
-    assert main(["--out", str(tmp_path / "whole"), *args]) == 0
-    for name in ("metrics.json", "images.npz"):
-        assert (tmp_path / "whole" / name).exists()
-    failed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("failed", "whole"))
+    assert main(["--out", str(tmp_path / "failed"), *args, *rare]) == 0
+    failed, whole = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "failed", finished[0].out))
     assert failed["prompts"] == whole["prompts"] and failed["path_kl"] == whole["path_kl"]  # bit for bit
-    files = [tmp_path / name / "lora" / "iteration_00003" / "pytorch_lora_weights.safetensors" for name in ("failed", "whole")]
+    files = [
+        folder / "lora" / "iteration_00003" / "pytorch_lora_weights.safetensors"
+        for folder in (tmp_path / "failed", finished[0].out)
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -158,7 +162,7 @@ def tiny(tmp_path_factory):
     return Config(out=folder / "none", model=str(folder / "model"), **SMALL)
 
 
-SOME = ("score_as_action", "sqdf", "adjoint_matching", "nabla_db")
+SOME = ("sqdf", "nabla_db")
 
 
 @pytest.mark.slow
@@ -211,31 +215,33 @@ def test_guidance_is_part_of_the_policy(tiny):
     params = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(jax.random.key(1), v.shape), parts.params)
     index = jnp.full(2, 1000 * (1 - float(t)) - 1)
 
-    def score(params, base, guidance, context, empty):
-        text, none = (parts.denoise(params, base, x, jnp.round(index), c) for c in (context, empty))
+    def score(params, base, guidance):
+        text, none = jax.vmap(lambda c: parts.denoise(params, base, x, jnp.round(index), c))(contexts)
         return -(none + guidance * (text - none)) / process.schedule.sigma(1 - t)
 
     context = model.encode([parts.prompts[int(i)] for i in prompt])
-    empty = jnp.broadcast_to(model.encode([""]), context.shape)
-    alone = make_sampler(dataclasses.replace(tiny, guidance=1.0), parts, steps=4, eta=1.0)
-    for guidance, control in ((5.0, sampler.control), (1.0, alone.control)):
+    contexts = jnp.stack([context, jnp.broadcast_to(model.encode([""]), context.shape)])
 
-        @eqx.filter_jit
-        def both(params, control, base, guidance=guidance):
-            def found(p):
-                return control(p, t, x, prompt)
+    @eqx.filter_jit
+    def both(params, control, base):
+        """The control and its definition, and gradients of their squares."""
 
-            def expected(p):
-                return score(p, base, guidance, context, empty)
+        def squared(fn, p):
+            value = fn(p)
+            return jnp.sum(value**2), value
 
-            values = found(params), expected(params)
-            return values, [jax.grad(lambda p, fn=fn: jnp.sum(fn(p) ** 2))(params) for fn in (found, expected)]
+        pair = (lambda p: control(p, t, x, prompt)), (lambda p: score(p, base, 5.0))
+        return [jax.grad(functools.partial(squared, fn), has_aux=True)(params) for fn in pair]
 
-        values, gradients = both(params, control, parts.base)
-        for a, b in zip(*map(jax.tree.leaves, (values[:1], values[1:]))):
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
-        for a, b in zip(*map(jax.tree.leaves, gradients)):
-            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * float(jnp.max(jnp.abs(b))))
+    (gradient, value), (expected_gradient, expected) = both(params, sampler.control, parts.base)
+    np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-3)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient))):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * float(jnp.max(jnp.abs(b))))
+    alone = make_sampler(dataclasses.replace(tiny, guidance=1.0), parts, steps=4, eta=1.0).control
+    value, expected = eqx.filter_jit(lambda p, control, base: (control(p, t, x, prompt), score(p, base, 1.0)))(
+        params, alone, parts.base
+    )
+    np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-3)
     assert noising.timesteps(4)[1] == round(float(index[0]))
 
 
@@ -294,6 +300,10 @@ def test_prompts_are_drawn_in_groups():
     assert abs(many.mean() - 0.5) < 0.1
     with pytest.raises(ValueError, match="per_prompt=3 must divide"):
         law(jax.random.key(0), 10)
+    heavy = np.asarray(sd.drawn_prompts(3, 1, [1, 0, 3])(jax.random.key(0), 4000))
+    assert set(heavy.tolist()) == {0, 2} and abs((heavy == 2).mean() - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
+    even = sd.drawn_prompts(7, 3, [4] * 7)(jax.random.key(0), 12)
+    np.testing.assert_array_equal(even, drawn.ravel())  # as without weights
 
 
 def test_diversity_within_prompts():
@@ -330,27 +340,6 @@ def test_what_cannot_work_is_refused_by_name(tiny, settings, message):
         check(config)
         parts = load_parts(config, ONE_DEVICE)
         latent_shape(config, parts.model)
-
-
-def test_prompts_from_files(tmp_path):
-    (tmp_path / "p.txt").write_text("a\n\n b \nc\nd\ne\nf\n")
-    assert read_prompts(Config(prompts=tmp_path / "p.txt")) == (["a", "b", "c", "d", "f"], ["e"])
-    (tmp_path / "h.txt").write_text("x\n")
-    assert read_prompts(Config(prompts=tmp_path / "p.txt", held_out_prompts=tmp_path / "h.txt"))[1] == ["x"]
-    (tmp_path / "few.txt").write_text("a\nb\na\n")
-    few = Config(prompts=tmp_path / "few.txt")
-    assert read_prompts(few) == (["a"], ["b"])
-    before = digest_of_prompts(few)
-    (tmp_path / "few.txt").write_text("a\nc\n")
-    assert digest_of_prompts(few) != before
-    with pytest.raises(ValueError, match="'a' is among those that are trained on"):
-        read_prompts(Config(prompts=tmp_path / "few.txt", held_out_prompts=tmp_path / "few.txt"))
-    (tmp_path / "one.txt").write_text("a\n")
-    with pytest.raises(ValueError, match="pass held_out_prompts"):
-        read_prompts(Config(prompts=tmp_path / "one.txt"))
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(Config(prompts=tmp_path / "empty.txt"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,7 +11,7 @@ from ..estimators import Models
 from ..objective import Objective
 from ..rollout import Rollout, Transitions, over_paths
 from ..solvers import sample_keys
-from .recipe import Recipe
+from .recipe import Division, Recipe
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -62,20 +62,20 @@ def _policy_target(recipe: Recipe, objective: Objective, models: Models, rollout
     return jnp.moveaxis(in_chunks(of_part, recipe.paths_of_a_part)(paths, values.T), 0, 1)
 
 
-def shuffle(recipe: Recipe, key: Key[Array, ""]) -> Int[Array, "minibatches m"]:
+def shuffle(division: Division, key: Key[Array, ""]) -> Int[Array, "minibatches m"]:
     """The transitions of each minibatch, as indices; if stratified, the index within each group of `minibatches` transitions."""
-    training, batch, per_path = recipe.training, recipe.training.batch, recipe.transitions_of_a_path
-    if training.stratified:
-        dealt = jax.vmap(lambda key: jax.random.permutation(key, training.minibatches), out_axes=1)
-        return dealt(sample_keys(key, recipe.transitions_of_a_minibatch))
-    order = jax.random.permutation(key, recipe.transitions).reshape(training.minibatches, -1)
-    return order if recipe.estimator.whole_paths else order % batch * per_path + order // batch
+    batch, minibatches, transitions = division.batch, division.minibatches, division.transitions
+    if division.stratified:
+        dealt = jax.vmap(lambda key: jax.random.permutation(key, minibatches), out_axes=1)
+        return dealt(sample_keys(key, transitions // minibatches))
+    order = jax.random.permutation(key, transitions).reshape(minibatches, -1)
+    return order if division.whole_paths else order % batch * division.of_a_path + order // batch
 
 
-def select(recipe: Recipe, transitions: Transitions, order: Int[Array, "minibatches m"], i: Any) -> Transitions:
+def select(division: Division, transitions: Transitions, order: Int[Array, "minibatches m"], i: Any) -> Transitions:
     """The transitions of minibatch `i`."""
-    if not recipe.training.stratified:
+    if not division.stratified:
         return jax.tree.map(lambda v: v[order[i]], transitions)
-    groups = (recipe.transitions_of_a_minibatch, recipe.training.minibatches)
+    groups = (division.transitions // division.minibatches, division.minibatches)
     grouped = jax.tree.map(lambda v: v.reshape(groups + v.shape[1:]), transitions)
     return jax.vmap(lambda group, j: jax.tree.map(lambda v: v[j], group))(grouped, order[i])

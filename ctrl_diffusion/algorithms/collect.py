@@ -11,7 +11,7 @@ from ..rewards import Reward, compute_reward_terms, compute_rewards
 from ..rollout import Rollout, over_paths
 from ..sampler import Trajectory, path_actions
 from ..solvers import sample_keys
-from .recipe import Recipe
+from .recipe import Recipe, Sampling
 
 
 class Keys(NamedTuple):
@@ -39,10 +39,10 @@ class Annotated(NamedTuple):
     x0_predictions: tuple[Float[Array, "bn *x"], Cond] | None
 
 
-def split_keys(recipe: Recipe, key: Key[Array, ""]) -> Keys:
+def split_keys(epochs: int, key: Key[Array, ""]) -> Keys:
     """Split the key of an iteration."""
     paths, shuffles, *others = jax.random.split(key, 5)
-    return Keys(paths, list(jax.random.split(shuffles, recipe.training.epochs)), *others)
+    return Keys(paths, list(jax.random.split(shuffles, epochs)), *others)
 
 
 def draw(recipe: Recipe, key: Key[Array, ""]) -> Cond:
@@ -50,13 +50,14 @@ def draw(recipe: Recipe, key: Key[Array, ""]) -> Cond:
     return recipe.conditions(key)
 
 
-def sample(recipe: Recipe, fixed: Any, key: Key[Array, ""], params: Params, cond: Cond, part: Any) -> tuple[Trajectory, Cond]:
+def sample(
+    sampling: Sampling, fixed: Any, key: Key[Array, ""], params: Params, cond: Cond, part: Any
+) -> tuple[Trajectory, Cond]:
     """Sample the paths of one part; returns them with their conditions."""
-    size = recipe.paths_of_a_part
-    keys = sample_keys(key, size, part * size)
-    cond = recipe.divided(jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, part * size, size), cond), 0)
-    sampler = recipe.bound(fixed, 0.0).sampler
-    return recipe.objective.exploration.trajectory(sampler, params, recipe.divided(keys, 0), cond), cond
+    size, layout = sampling.size, sampling.layout
+    keys = layout.constrain(sample_keys(key, size, part * size), layout.batch)
+    cond = layout.constrain(jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, part * size, size), cond), layout.batch)
+    return sampling.exploration.trajectory(sampling.bound(fixed), params, keys, cond), cond
 
 
 def annotate(recipe: Recipe, fixed: Any, params: Params, reference: Params, path: Trajectory, cond: Cond) -> Annotated:

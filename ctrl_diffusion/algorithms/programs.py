@@ -36,34 +36,49 @@ class Program(NamedTuple):
 
 def make_programs(recipe: Recipe) -> dict[str, Program]:
     """The programs of an iteration by name."""
-    layout = recipe.layout
 
     def program(function: Callable[..., Any], axes: Any, *donated: int) -> Program:
-        @functools.wraps(function)
-        def run(*arguments: Any) -> Any:
-            return layout.constrain(function(recipe, *arguments), functools.partial(layout.shardings, axes))
+        return Program(_compiled(function, recipe, recipe.layout, axes, donated), axes)
 
-        return Program(jax.jit(run, donate_argnums=donated), axes)
+    def shared(function: Callable[..., Any], part: Any, axes: Any) -> Program:
+        """A program that other algorithms have too, if `part`, which is all that it depends on, can be compared."""
+        try:
+            return Program(_compiled_once(function, part, recipe.layout, axes), axes)
+        except TypeError:  # an array in it
+            return Program(_compiled(function, part, recipe.layout, axes), axes)
 
     path = Trajectory(WHOLE, 1, 1)  # pyright: ignore[reportArgumentType]
     waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]
     on_host = (functools.partial(f, recipe) for f in (collect.reward, collect.reward_shapes))
     return {
-        "split_keys": program(collect.split_keys, WHOLE),
+        "split_keys": shared(collect.split_keys, recipe.training.epochs, WHOLE),
         "draw": program(collect.draw, 0),
-        "sample": program(collect.sample, (path, 0)),
+        "sample": shared(collect.sample, recipe.sampling, (path, 0)),
         "annotate": program(collect.annotate, waiting),
         "reward": Program(next(on_host), (AXES, 0), shapes=next(on_host)),
         "join": program(collect.join, (AXES, 0)),
         "summarise": program(update.summarise, (WHOLE, 0, WHOLE)),
         "remember": program(collect.remember, (recipe.behaviour.axes, AXES), 1),
         "prepare": program(assemble.prepare, (0, WHOLE)),
-        "shuffle": program(assemble.shuffle, 1),
-        "select": program(assemble.select, 0),
+        "shuffle": shared(assemble.shuffle, recipe.division, 1),
+        "select": shared(assemble.select, recipe.division, 0),
         "update": program(update.update, (PARAMETERS, WHOLE), 0),
         "sweep": program(update.sweep, (PARAMETERS, WHOLE), 0),
         "finish": program(update.finish, (PARAMETERS, WHOLE), 0),
     }
+
+
+def _compiled(function: Callable[..., Any], part: Any, layout: Layout, axes: Any, donated: tuple[int, ...] = ()) -> Callable:
+    """`function(part, ...)`, compiled; its results are divided by `axes`."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        return layout.constrain(function(part, *arguments), functools.partial(layout.shardings, axes))
+
+    return jax.jit(run, donate_argnums=donated)
+
+
+_compiled_once = functools.lru_cache(maxsize=64)(_compiled)
 
 
 def state_axes(recipe: Recipe) -> State:

@@ -9,12 +9,53 @@ import numpy as np
 from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls
 from ..estimators.base import require_kl_weight
+from ..exploration import AbstractExploration
 from ..objective import Objective
 from ..parallel import Layout
 from ..process import Cond
 from ..replay import AbstractBehaviour
+from ..sampler import Sampler
 from ..trust import AbstractTrustRegion, FirstOrder
 from .training import Training
+
+
+class Sampling(NamedTuple):
+    """What sampling the paths of one part depends on: two algorithms that sample alike share the program.
+
+    Attributes:
+        sampler: the sampler, without the arrays of its control.
+        exploration: the exploration noise.
+        size: number of paths.
+        layout: the devices.
+    """
+
+    sampler: Sampler
+    exploration: AbstractExploration
+    size: int
+    layout: Layout
+
+    def bound(self, fixed: Any) -> Sampler:
+        """The sampler with the arrays of `Recipe.fixed`."""
+        control = self.layout.gathering(eqx.combine(fixed[0], self.sampler.control))
+        return eqx.tree_at(lambda sampler: sampler.control, self.sampler, control)
+
+
+class Division(NamedTuple):
+    """How the transitions of an iteration are divided into minibatches.
+
+    Attributes:
+        batch: number of paths.
+        of_a_path: transitions per path, `transitions`: of all, `minibatches`: of how many parts.
+        stratified: whether each group of `minibatches` consecutive transitions is dealt out.
+        whole_paths: whether a transition stands for a whole path.
+    """
+
+    batch: int
+    of_a_path: int
+    transitions: int
+    minibatches: int
+    stratified: bool
+    whole_paths: bool
 
 
 class Recipe(NamedTuple):
@@ -74,9 +115,20 @@ class Recipe(NamedTuple):
         """Paths that are sampled at a time, `batch / rollouts`."""
         return self.training.batch // self.training.rollouts
 
-    def divided(self, tree: Any, axis: int) -> Any:
-        """Divide arrays inside a program over the devices; `axis` counts samples."""
-        return self.layout.constrain(tree, lambda tree: self.layout.batch(tree, axis))
+    @property
+    def sampling(self) -> Sampling:
+        """What sampling depends on."""
+        (control, _), objective = _arrays_and_rest(self.objective)[1], self.objective
+        sampler = eqx.tree_at(lambda sampler: sampler.control, objective.sampler, control)
+        return Sampling(sampler, objective.exploration, self.paths_of_a_part, self.layout)
+
+    @property
+    def division(self) -> Division:
+        """What the division into minibatches depends on."""
+        training, whole = self.training, self.estimator.whole_paths
+        return Division(
+            training.batch, self.transitions_of_a_path, self.transitions, training.minibatches, training.stratified, whole
+        )
 
     def conditions(self, key: Any) -> Cond:
         """Conditions of an iteration's paths, `[batch, ...]`."""

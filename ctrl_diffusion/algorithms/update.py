@@ -46,7 +46,7 @@ def sweep(
     """All updates of a pass, one minibatch after the other; returns metrics of the first and of the last."""
 
     def one(learned: Learned, i) -> tuple[Learned, Metrics]:
-        some = recipe.divided(select(recipe, transitions, order, i), 0)
+        some = recipe.layout.constrain(select(recipe.division, transitions, order, i), recipe.layout.batch)
         return update(recipe, learned, fixed, reference, kl_weight, some)
 
     learned, metrics = jax.lax.scan(one, learned, jnp.arange(recipe.training.minibatches))

@@ -99,19 +99,25 @@ def encode_prompts(
     return jnp.concatenate(found)
 
 
-def drawn_prompts(count: int, per_prompt: int) -> Callable[[Any, int], Int[Array, " n"]]:
+def drawn_prompts(
+    count: int, per_prompt: int, weights: Sequence[float] | None = None
+) -> Callable[[Any, int], Int[Array, " n"]]:
     """A function that draws the conditions of an iteration: random prompts out of `count`, each for `per_prompt` consecutive paths.
 
-    If there are enough prompts, none is drawn twice.
+    If there are enough prompts, none is drawn twice. With `weights` they are drawn in proportion (those that are left, if none is drawn
+    twice).
     """
     if count < 1 or per_prompt < 1:
         raise ValueError(f"count={count} and per_prompt={per_prompt} must be at least 1.")
+    p = None
+    if weights is not None and len(set(weights)) > 1:
+        p = jnp.asarray(weights, jnp.float32) / sum(weights)
 
     def law(key, n):
         if n % per_prompt:
             raise ValueError(f"per_prompt={per_prompt} must divide the number of paths, {n}.")
         groups = n // per_prompt
-        chosen = jax.random.choice(key, count, (groups,), replace=groups > count)
+        chosen = jax.random.choice(key, count, (groups,), replace=groups > count, p=p)
         return jnp.repeat(chosen, per_prompt)
 
     return law

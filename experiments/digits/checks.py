@@ -10,6 +10,7 @@ from ctrl_diffusion.rewards import as_reward
 
 from .. import data as datasets
 from ..algorithm_registry import choose
+from ..commandline import require_learning_rates
 from ..reward_registry import OF_DIGITS
 from .config import NOT_IDENTIFYING, Config
 
@@ -20,11 +21,12 @@ def check(config: Config, reward, images: datasets.Images) -> float:
         raise ValueError(f"reward={config.reward!r} is not one of {', '.join(OF_DIGITS)}.")
     if reward is None and config.reward == "digit" and images.y is None:
         raise ValueError('reward="digit" needs labelled data: choose ink, holes or bytes, or pass reward=...')
+    require_learning_rates(config)
     if not 0 <= config.digit <= 9:
         raise ValueError(f"digit={config.digit} must be from 0 to 9.")
-    if config.kl_weight is not None and not config.kl_weight >= 0:
+    if config.kl_weight is not None and not 0 <= config.kl_weight < math.inf:
         raise ValueError(
-            f"kl_weight={config.kl_weight} must not be negative: it is the temperature, the weight of the KL penalty."
+            f"kl_weight={config.kl_weight} must not be negative and must be finite: it is the temperature, the weight of the KL penalty."
         )
     if config.kl_budget is not None and not config.kl_budget > 0:
         raise ValueError(f"kl_budget={config.kl_budget} must be positive: it is the path KL, in nats, that stops the run.")

@@ -1,7 +1,9 @@
 """What `experiments.discretization` fills in and refuses before anything is written."""
 
 import dataclasses
+import math
 
+from ..commandline import require_learning_rates
 from ..solver_registry import as_choices
 from .config import Config
 
@@ -26,10 +28,11 @@ def resolve(config: Config) -> Config:
             f"train_solver={config.train_solver!r} at train_eta={config.train_eta:g} has no likelihood: fine-tune with "
             "ExponentialEuler, DDIM or Euler, at train_eta > 0."
         )
-    if not config.kl_weight > 0:
+    if not 0 < config.kl_weight < math.inf:
         raise ValueError(
-            f"kl_weight={config.kl_weight} must be positive: the optimum is the reference reweighted with exp(reward / kl_weight)."
+            f"kl_weight={config.kl_weight} must be positive and finite: the optimum is the reference times exp(reward / kl_weight)."
         )
+    require_learning_rates(config)
     if not 0 <= config.digit <= 9:
         raise ValueError(f"digit={config.digit} must be from 0 to 9.")
     for name in ("seeds", "iterations", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "optimum_steps"):

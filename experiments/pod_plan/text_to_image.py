@@ -12,9 +12,10 @@ from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout
 
 from ..random_model.writer import SIZES
-from ..text_to_image.checks import kl_weight_of, read_prompts
+from ..text_to_image.checks import kl_weight_of
 from ..text_to_image.config import Config
 from ..text_to_image.parts import Parts, make_algorithm, make_sampler, network_options
+from ..text_to_image.prompts import read_prompts
 
 
 def planned_config(given: dict[str, Any]) -> Config:
@@ -42,13 +43,14 @@ def abstract_parts(config: Config, size: str = "sd15") -> Parts:
         sd.add_lora(unet, config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets, rngs=nnx.Rngs(0))
     denoise, params, base = (sd.split_lora if config.train == "lora" else sd.split_full)(unet)
     trained, held_out = read_prompts(config)
-    prompts = [*trained, *held_out]
+    prompts = [prompt.text for prompt in (*trained, *held_out)]
+    weights = [prompt.weight for prompt in (*trained, *held_out)]
     shape = (networks.text.max_position_embeddings, networks.text.hidden_size)
     model = sd.StableDiffusion(unet, vae, None, None, sd.Noising())  # pyright: ignore[reportArgumentType]
     reward = cd.black_box(lambda x: x.mean(axis=(1, 2, 3)), "reward")
     contexts: Any = jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32)
     empty: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Parts(model, params, base, denoise, prompts, len(held_out), contexts, empty, None, reward)
+    return Parts(model, params, base, denoise, prompts, weights, len(held_out), contexts, empty, None, reward)
 
 
 def text_to_image_programs(config: Config, size: str = "sd15") -> tuple[Any, Any, Any]:

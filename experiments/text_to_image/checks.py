@@ -1,22 +1,12 @@
-"""What `experiments.text_to_image` refuses before anything is loaded or written; its prompts and its temperature."""
+"""What `experiments.text_to_image` refuses before anything is loaded or written; its temperature."""
 
-import hashlib
-import json
-from pathlib import Path
+import math
 
 from ..algorithm_registry import check_options, choose
-from ..commandline import require_at_least, require_known
+from ..commandline import require_at_least, require_known, require_learning_rates
 from ..reward_registry import OF_IMAGES
 from ..solver_registry import SOLVERS
 from .config import Config
-
-# the simple animals that compressibility and aesthetics have been fine-tuned on since DDPO (Black et al. 2024, section 6.1)
-ANIMALS = (
-    *("cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger"),
-    *("bear", "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin"),
-    *("squirrel", "mouse", "rat", "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly"),
-    *("llama", "camel", "bat", "gorilla", "hedgehog", "kangaroo"),
-)
 
 
 def check(config: Config) -> None:
@@ -29,8 +19,10 @@ def check(config: Config) -> None:
     require_known("evaluation_solvers", config.evaluation_solvers, SOLVERS)
     if config.reward_weights and len(config.reward_weights) != len(config.reward):
         raise ValueError(f"reward_weights={config.reward_weights} must be one for each of reward={config.reward}.")
-    if config.kl_weight is not None and not config.kl_weight >= 0:
-        raise ValueError(f"kl_weight={config.kl_weight} must not be negative: it is the weight of the KL penalty.")
+    if config.kl_weight is not None and not 0 <= config.kl_weight < math.inf:
+        raise ValueError(
+            f"kl_weight={config.kl_weight} must not be negative and must be finite: it is the weight of the KL penalty."
+        )
     if config.kl_weight is None and ":" in config.reward[0] and choose(config.algorithm).penalised:
         raise ValueError("kl_weight=None: a reward of your own has no default; set it, in reward units per nat.")
     if not config.eta > 0:
@@ -56,6 +48,7 @@ def check(config: Config) -> None:
         "checkpoint_every",
         "iterations",
     )
+    require_learning_rates(config)
     require_at_least(1, attention_chunk=config.attention_chunk)
     require_at_least(1, **{name: getattr(config, name) for name in numbers})
     if config.batch % (config.samples_per_prompt * config.rollouts):
@@ -69,32 +62,3 @@ def kl_weight_of(config: Config) -> float:
     if config.kl_weight is not None:
         return config.kl_weight
     return OF_IMAGES[config.reward[0]].kl_weight if choose(config.algorithm).penalised else 0.0
-
-
-def read_prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and prompts held out; each once."""
-    prompts = list(ANIMALS) if config.prompts is None else _lines(config.prompts, "prompts")
-    if config.held_out_prompts is not None:
-        held_out = _lines(config.held_out_prompts, "held_out_prompts")
-        if both := [p for p in held_out if p in prompts]:
-            raise ValueError(f"held_out_prompts={config.held_out_prompts}: {both[0]!r} is among those that are trained on.")
-        return prompts, held_out
-    if len(prompts) < 2:
-        raise ValueError(f"prompts={config.prompts} has a single prompt, and none to hold out: pass held_out_prompts.")
-    if len(prompts) < 5:
-        return prompts[:-1], prompts[-1:]
-    return [p for i, p in enumerate(prompts) if i % 5 != 4], prompts[4::5]
-
-
-def _lines(path: Path, name: str) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}={path} is not a file: write one prompt per line.")
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"{name}={path} has no prompts: write one per line.")
-    return list(dict.fromkeys(found))
-
-
-def digest_of_prompts(config: Config) -> str:
-    """Tells two sets of prompts apart: a run is not resumed on other prompts than it began with."""
-    return hashlib.sha256(json.dumps(read_prompts(config)).encode()).hexdigest()[:16]

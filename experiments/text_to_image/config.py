@@ -35,12 +35,16 @@ class Config:
     model: str = TINY
     """A folder of Stable Diffusion 1.x or 2.x as diffusers writes it, or tiny-random: a random one of 32x32 pixels, for trying out."""
     prompts: Path | None = None
-    """File with one prompt per line (default: 45 animals)."""
+    """File with one prompt per line, or .jsonl, .json, .csv, .tsv with a field called prompt (default: 45 animals). Prompts that the file
+    repeats are drawn in proportion; other fields are given to rewards of your own."""
     held_out_prompts: Path | None = None
     """File with prompts that are evaluated and not trained on (default: every fifth of `prompts`)."""
+    truncate: bool = False
+    """Drop what is over the text encoder's 77 tokens, instead of refusing a longer prompt."""
     reward: tuple[RewardName, ...] = ("jpeg_compressibility",)
     """What to fine-tune for: jpeg_compressibility, jpeg_incompressibility, brightness, aesthetic, clip, pickscore, hps, imagereward, or
-    module:function of your own, called with images [b, h, w, 3] in [-1, 1] and a list of b prompts. Several are summed."""
+    module:function of your own, called with images [b, h, w, 3] in [-1, 1], a list of b prompts and, if
+    it takes three arguments, a list of their other fields. Several are summed."""
     reward_weights: tuple[float, ...] = ()
     """Weights of several rewards (default: 1 each)."""
     reward_folder: Path = Path("rewards")

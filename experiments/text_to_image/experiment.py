@@ -17,9 +17,10 @@ from ctrl_diffusion.parallel import Layout, whole
 from ctrl_diffusion.runs import Evaluator, RunDirectory, Samples, describe, exists_for_all, finetune, is_first
 from ctrl_diffusion.runs.files import write_arrays
 
-from .checks import check, digest_of_prompts, kl_weight_of
+from .checks import check, kl_weight_of
 from .config import Config as Config
 from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
+from .prompts import digest_of_prompts
 from .report import write_gallery
 
 _NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "settings")
@@ -52,7 +53,8 @@ def run(config: Config) -> dict[str, Any]:
     algorithm, value_params = make_algorithm(config, parts, sampler, layout)
     count, kl_weight = sum(leaf.size for leaf in jax.tree.leaves(parts.params)), kl_weight_of(config)
     print(
-        f"[1/3] {parts.trained} prompts, {parts.held_out} held out; {count:,} parameters are trained, latents {sampler.shape}; "
+        f"[1/3] {parts.trained} prompts, {parts.held_out} held out{_repeated(parts)}; "
+        f"{count:,} parameters are trained, latents {sampler.shape}; "
         f"{config.algorithm} for {parts.reward.name!r} with kl_weight {kl_weight:g}"
     )
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_STREAMS)}
@@ -113,6 +115,12 @@ def run(config: Config) -> dict[str, Any]:
             f"path KL {metrics['path_kl']:.3g} nats; {metrics['wall_seconds']:.0f} s. Gallery: {config.out / 'gallery.html'}"
         )
     return metrics
+
+
+def _repeated(parts: Parts) -> str:
+    """How many prompts the files repeat, in words."""
+    extra = sum(parts.weights) - len(parts.weights)
+    return f" ({extra} repeated: drawn in proportion)" if extra else ""
 
 
 class Evaluations:

@@ -21,8 +21,9 @@ from ..random_model.config import TINY, Config as RandomModel
 from ..random_model.writer import write_random_model
 from ..reward_registry import RewardSettings, make_reward
 from ..solver_registry import SOLVERS
-from .checks import kl_weight_of, read_prompts
+from .checks import kl_weight_of
 from .config import Config
+from .prompts import Prompt, read_prompts
 
 
 class Parts(NamedTuple):
@@ -31,7 +32,7 @@ class Parts(NamedTuple):
     Attributes:
         model: from the folder; its UNet has LoRA, if that is trained.
         params: what is trained, `base`: the rest of the UNet, `denoise(params, base, ...)`: what it predicts.
-        prompts: to train on, then those held out, of which there are `held_out`.
+        prompts: to train on, then those held out, of which there are `held_out`; `weights`: how often each is to be drawn.
         contexts: of all prompts, `empty`: of the negative one.
         decode: latents to images.
         reward: of latents, conditional on the number of a prompt.
@@ -42,6 +43,7 @@ class Parts(NamedTuple):
     base: Any
     denoise: Any
     prompts: list[str]
+    weights: list[int]
     held_out: int
     contexts: jax.Array
     empty: jax.Array
@@ -62,7 +64,9 @@ def load_parts(config: Config, layout: Layout) -> Parts:
         if is_first() and not folder.is_dir():
             write_random_model(RandomModel(folder, seed=config.seed))
         wait_for_all("the model is written")
-    prompts, held_out = read_prompts(config)
+    trained, held_out = read_prompts(config)
+    prompts = [*trained, *held_out]
+    check_lengths(folder, prompts, config.truncate)
 
     def place(name: str, shape: tuple[int, ...]):
         return None if layout.mesh is None else layout.parameters(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -74,15 +78,30 @@ def load_parts(config: Config, layout: Layout) -> Parts:
         )
     denoise, params, base = (sd.split_lora if config.train == "lora" else sd.split_full)(model.unet)
     params = jax.tree.map(lambda v: v, params)  # apart from the network, which results are put into
-    contexts = sd.encode_prompts(model, [*prompts, *held_out, config.negative_prompt])
+    texts = [prompt.text for prompt in prompts]
+    contexts = sd.encode_prompts(model, [*texts, config.negative_prompt], truncate=config.truncate)
     decode = sd.decoder(model.vae, config.decode_chunk)
-    reward_settings = RewardSettings(prompts=[*prompts, *held_out], folder=config.reward_folder, chunk=config.decode_chunk)
+    metadata = [prompt.metadata for prompt in prompts]
+    reward_settings = RewardSettings(prompts=texts, metadata=metadata, folder=config.reward_folder, chunk=config.decode_chunk)
     of_images = make_reward(config.reward, config.reward_weights, reward_settings)
     reward = cd.seen_through(decode, of_images, chunk=config.decode_chunk)
     require_gradient(config.algorithm, reward)
-    return Parts(
-        model, params, base, denoise, [*prompts, *held_out], len(held_out), contexts[:-1], contexts[-1], decode, reward
-    )
+    weights = [prompt.weight for prompt in prompts]
+    return Parts(model, params, base, denoise, texts, weights, len(held_out), contexts[:-1], contexts[-1], decode, reward)
+
+
+def check_lengths(folder: Path, prompts: list[Prompt], truncate: bool) -> None:
+    """Refuse prompts that the text encoder cannot take, by file and line, before the networks are read."""
+    if truncate or not (folder / "tokenizer").is_dir():  # without one load_folder says so
+        return
+    tokenizer = sd.load_tokenizer(folder / "tokenizer")
+    limit = min(tokenizer.model_max_length, 77)
+    for prompt, ids in zip(prompts, tokenizer([prompt.text for prompt in prompts])["input_ids"]):
+        if len(ids) > limit:
+            raise ValueError(
+                f"{prompt.place or 'prompts'}: {prompt.text[:60]!r}... has {len(ids)} tokens, over {limit}: shorten it, or pass "
+                "--truncate to drop what is over."
+            )
 
 
 def network_options(config: Config) -> dict[str, Any]:
@@ -141,7 +160,7 @@ def latent_shape(config: Config, model: sd.StableDiffusion) -> tuple[int, int, i
 
 def make_algorithm(config: Config, parts: Parts, sampler: cd.Sampler, layout: Layout) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
-    prompts = sd.drawn_prompts(parts.trained, config.samples_per_prompt)
+    prompts = sd.drawn_prompts(parts.trained, config.samples_per_prompt, parts.weights[: parts.trained])
     objective = cd.Objective(sampler, parts.reward, kl_weight_of(config), conditions=prompts)
     network = sd.LatentValue(sampler.shape[-1], parts.trained, rngs=nnx.Rngs(config.seed + 1))
     value_fn, value_params = cd.value_network(network)
