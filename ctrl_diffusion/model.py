@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from . import predictions, schedules
-from .folders import replaced
+from .folders import local, replaced
 from .networks import NetworkScore, ResidualMLP, score_control, split
 from .predictions import Prediction, V
 from .process import DiffusionProcess, Params
@@ -122,7 +122,7 @@ def load(directory: str | os.PathLike, *, network: nnx.Module | None = None, sol
         FileNotFoundError: if the folder holds no model.
         ValueError: if a required argument is missing, or the file does not fit the network.
     """
-    directory = Path(directory)
+    directory = local(directory)
     for name in ("model.json", "params.safetensors"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no {name}: it is not a model folder written by ctrl_diffusion.save.")

@@ -105,8 +105,8 @@ def split(network: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 class NetworkScore:
     """The control of a network: its prediction, turned into a score. Equal for networks of one architecture, whatever their parameters."""
 
-    graphdef: nnx.GraphDef
-    process: DiffusionProcess
+    graphdef: nnx.GraphDef = dataclasses.field(repr=False)
+    process: DiffusionProcess = dataclasses.field(repr=False)
     prediction: Prediction
 
     def __call__(self, params: Any, t: Any, x: Float[Array, "b *x"], cond: Any = None) -> Float[Array, "b *x"]:

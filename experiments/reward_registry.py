@@ -147,7 +147,7 @@ OF_IMAGES: dict[str, RewardChoice] = {
 
 
 def make_reward(names: Sequence[str], weights: Sequence[float], settings: RewardSettings) -> Reward:
-    """The weighted sum of rewards of images and prompts: by name, or your own as `module:function`. Weights are 1 if none is given."""
+    """The weighted sum of rewards of images and prompts: by name, your own `module:function`, or an address; weights 1 by default."""
     found = [_own(name, settings) if ":" in name else OF_IMAGES[name].make(settings) for name in names]
     if len(found) == 1 and not weights:
         return found[0]
@@ -155,14 +155,17 @@ def make_reward(names: Sequence[str], weights: Sequence[float], settings: Reward
 
 
 def _own(name: str, settings: RewardSettings) -> Reward:
-    module, _, function = name.partition(":")
-    try:
-        fn = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
-        ) from error
-
+    """A reward of `module:function`, or of the server at an address."""
+    if name.startswith(("http://", "https://")):
+        fn: Any = image_rewards.RemoteScores(name)
+    else:
+        module, _, function = name.partition(":")
+        try:
+            fn = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
+            ) from error
     if isinstance(fn, Reward):  # a differentiable one
         return fn
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -172,4 +175,4 @@ def _own(name: str, settings: RewardSettings) -> Reward:
         given = [[of[i] for i in prompt] for of in (settings.prompts, settings.metadata)]
         return fn(images, *given[: max(len(takes) - 1, 1)])
 
-    return black_box(score, function, conditional=True)
+    return black_box(score, fn.__name__, conditional=True)

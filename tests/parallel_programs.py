@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ctrl_diffusion as cd
 from ctrl_diffusion.chunks import in_chunks
 from ctrl_diffusion.stable_diffusion import GuidedScore, Noising
-from tests.parallel_cases import BATCH, CASES, CONTROL, EXACT, PARAMS, PHI, PROCESS, STEPS, layouts
+from tests.parallel_cases import BATCH, CASES, CONTROL, PARAMS, PHI, PROCESS, STEPS, gain, layouts
 
 REDUCTION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
@@ -32,7 +32,7 @@ def programs(name, layout, **settings):
     """The programs of an iteration, lowered, not yet compiled."""
     estimator, chosen, behaviour = CASES[name]()
     sampler = cd.Sampler(PROCESS, CONTROL, (2,), grid=PROCESS.grid(STEPS))
-    objective = cd.Objective(sampler, cd.differentiable(EXACT.reward), kl_weight=1.0)
+    objective = cd.Objective(sampler, cd.differentiable(gain), kl_weight=1.0)
     training = cd.Training(optax.adam(1e-2), BATCH, value=optax.adam(1e-2), layout=layout, **settings)
     algorithm = cd.compose(objective, estimator, chosen, training, behaviour=behaviour)
     return cd.algorithms.lower(algorithm, PARAMS, PHI)

@@ -311,26 +311,26 @@ def test_a_strangers_algorithm():
 
     sampler = cd.Sampler(process, policy, (2,), grid=power(process.t0, process.t1, 40, 1.5))
     soft = cd.Critic(cd.StructuredValue(V, process.t0, process.t1), log_ratio_to_go, soft_error)
-    rate = optax.cosine_decay_schedule(6e-3, 25 * 16, 0.05)
+    rate = optax.cosine_decay_schedule(6e-3, 12 * 16, 0.05)
     mine = cd.compose(
         cd.Objective(sampler, cd.differentiable(problem.reward), problem.kl_weight), Matching(value_gradient), soft,
         cd.Training(optax.adam(rate), batch=256, minibatches=16, value=optax.adam(5e-3)), behaviour=cd.replay.ReplayBuffer(512),
     )  # fmt: skip
     state = mine.init(params, value_params)
-    for key in jax.random.split(jax.random.key(0), 25):
+    for key in jax.random.split(jax.random.key(0), 12):
         state, _ = mine.step(key, state)
     evaluator = exact.GapEvaluator(problem, cd.sample_keys(jax.random.key(1), 512), steps=100)
     gap = evaluator.gap(sampler.control, state.params)
-    assert gap.relative.mean < 0.05  # measured: 0.032 +- 0.002 after 25 iterations of 256 paths
+    assert gap.relative.mean < 0.08  # measured: 0.049 +- 0.004 after 12 iterations of 256 paths
     assert evaluator.gap(sampler.control, params).relative.mean > 0.99
 
 
 REFUSALS = {
     "gradient of a black box": (lambda o: cd.draft(o, TRAINING), "reward='size' is a black box, and a gradient through"),
-    "adjoint without a price": (lambda o: cd.adjoint_matching(o, TRAINING), "kl_weight=0: matching divides by it"),
-    "guess of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
+    "adjoint without KL": (lambda o: cd.adjoint_matching(o, TRAINING), "kl_weight=0: matching divides by it"),
+    "x0 of a black box": (lambda o: cd.sqdf(o, TRAINING), "differentiable, or use an algorithm that needs values only"),
     "no temperature": (lambda o: cd.log_variance(o, TRAINING), "kl_weight=0: the log-variance divides by it"),
-    "soft value without a price": (
+    "soft value without KL": (
         lambda o: cd.compose(o, Pathwise(1), SOFT, TRAINING._replace(value=optax.sgd(0.1))),
         "kl_weight=0: the soft error of a value divides by it",
     ),

@@ -61,6 +61,7 @@ def test_metrics_hold_every_cell_and_gaps_exactly_where_they_are_defined(finishe
         assert (out / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_only_the_reference_is_the_reference(finished):
     for row in finished[1]["cells"]:
         if row["path_kl"] is not None:
@@ -70,6 +71,7 @@ def test_only_the_reference_is_the_reference(finished):
             assert row["gain"] == row["gain_se"] == 0
 
 
+@pytest.mark.slow
 def test_the_budgets_are_equal(finished):
     budget = finished[1]["budget"]
     pairs = 2 * 24 * 4

@@ -257,6 +257,7 @@ def test_options_that_are_mentioned_exist(page):
             assert option in known | {"--help"}, option
 
 
+@pytest.mark.slow
 def test_every_metric_is_explained(workspace):
     explained = set(first_cells(section(DIGITS, "## Metrics")))
     names = {name for group in GLOSSARY.values() for name in group}
@@ -264,6 +265,7 @@ def test_every_metric_is_explained(workspace):
     assert {name for name in names if not name.endswith("_se")} - explained == set()
 
 
+@pytest.mark.slow
 def test_every_number_of_the_history_is_explained(workspace):
     explained = set(first_cells(section(DIGITS, "### History"))) | {"phase"}
     rows = map(json.loads, (workspace / "runs" / "digits" / "history.jsonl").read_text().splitlines())
@@ -271,6 +273,7 @@ def test_every_number_of_the_history_is_explained(workspace):
     assert names - explained == set()
 
 
+@pytest.mark.slow
 def test_every_file_of_a_run_is_explained(workspace):
     explained = {name.rstrip("/") for name in first_cells(section(DIGITS, "## The files in `--out`"))}
     assert {path.name for path in (workspace / "runs" / "digits").iterdir()} == explained

@@ -119,7 +119,7 @@ def test_only_what_is_read_is_recorded(name):
     assert recorded(make) == (rows, paths)
 
 
-def test_without_a_price_the_reference_is_not_read():
+def test_without_a_kl_penalty_the_reference_is_not_read():
     algorithm = cd.ddpo(objective(0.0), training())
     found = timed(algorithm, jax.random.key(0), algorithm.init(PARAMS))
     assert found["prepare"].results[0].a_ref is None and not algorithm.recipe.objective.penalised

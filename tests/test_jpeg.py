@@ -34,3 +34,11 @@ def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match="needs Pillow: pip install pillow"):
         image_rewards.jpeg_bytes(IMAGES)
+
+
+def test_other_types_and_ranges_are_not_judged_as_if_they_were_in_range():
+    eight_bits = np.clip(np.round(127.5 * (IMAGES.astype(np.float64) + 1)), 0, 255)
+    np.testing.assert_array_equal(image_rewards.jpeg_bytes(eight_bits.astype(np.uint8)), image_rewards.jpeg_bytes(IMAGES))
+    for wrong, reach in ((eight_bits, "255"), (np.full_like(IMAGES, np.nan), "nan")):
+        with pytest.raises(ValueError, match=f"images reach {reach}, but floats must be in"):
+            image_rewards.jpeg_bytes(wrong)

@@ -51,7 +51,7 @@ def test_coefficients_of_the_action_form(schedule, eta):
 
 
 @pytest.mark.parametrize("eta", [0.25, 1.0])
-def test_kl_rate_is_the_girsanov_price_summed_over_dimensions(eta):
+def test_kl_rate_is_that_of_girsanov_summed_over_dimensions(eta):
     process = DiffusionProcess(VPLinear(), eta)
     t, (a, a_ref) = jnp.asarray([0.2, 0.5, 0.9]), jr.normal(jr.key(0), (2, 3, 4, 2))
     price = (1 + eta**2) ** 2 / (8 * eta**2) * process.schedule.g_squared(1 - t)

@@ -194,7 +194,7 @@ def test_no_gap_is_explained(directory, quick):
     assert "None" not in page.text.replace("kl_budgetNone", "") and "nan" not in page.text
 
 
-def test_no_price_no_optimum(directory, quick):
+def test_no_kl_penalty_no_optimum(directory, quick):
     metrics = {name: v for name, v in METRICS.items() if not name.startswith(("optimum", "effective"))} | NO_GAP
     put(directory, {**CONFIG, "kl_weight": 0.0}, metrics, history(gap=False))
     page = Page(write_report(directory))

@@ -206,7 +206,7 @@ def test_a_window_of_path_consistency_pays_its_own_costs():
     check(state.params, loss)
 
 
-def test_a_ratio_with_a_mask_and_a_proximal_price():
+def test_a_ratio_with_a_mask_and_a_proximal_penalty():
     """The second of two steps, whose policy has moved: rows of which some have moved too far, each with its weight in time."""
     rate, proximal, far = 0.5, 0.3, 0.01
     times = cd.algorithms.TimeSampling(3, lambda t: 0.2 + t)

@@ -245,3 +245,38 @@ def test_a_pre_training_that_diverges_is_an_error_that_says_where(tmp_path):
     run, x = runs.RunDirectory(tmp_path / "run", {}), jnp.ones((4, 2))
     with pytest.raises(FloatingPointError, match=r"pre-training loss is (nan|inf) at step 20: lower learning_rate=1e"):
         runs.pretrain(run, model, x, jax.random.key(0), steps=20, batch=8, learning_rate=1e30)
+
+
+# --- the folder
+
+
+def test_a_finished_run_goes_on_to_more_iterations_and_not_back(tmp_path):
+    def opened(iterations):
+        return runs.RunDirectory(tmp_path / "run", {"seed": 1}, iterations=iterations, loggers=())
+
+    opened(2).finish({"iterations": 2, "stop_reason": "finished"})
+    assert opened(1).metrics == opened(2).metrics == {"iterations": 2, "stop_reason": "finished"}
+    assert opened(5).metrics is None  # and the loop resumes from its checkpoint
+    opened(5).finish({"iterations": 3, "stop_reason": "kl budget"})
+    assert opened(5).metrics is not None
+
+
+def test_a_start_that_failed_claims_no_folder(tmp_path):
+    runs.RunDirectory(tmp_path / "run", {"model": "misspelt"})
+    run = runs.RunDirectory(tmp_path / "run", {"model": "right"})
+    assert run.settings == {"model": "right"}
+    run.log("finetune", 1, {"reward": 1.0})
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(model: 'right' there, 'another' now\)"):
+        runs.RunDirectory(tmp_path / "run", {"model": "another"})
+
+
+def test_the_address_of_a_bucket_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = cd.make_model(
+        cd.ResidualMLP((2,), (2,), width=8, depth=1, rngs=nnx.Rngs(0)), RING.process, (2,), grid=RING.process.grid(3)
+    )
+    for address in ("gs://bucket/run", Path("gs://bucket/run"), "s3://bucket/run"):
+        for use in (runs.RunDirectory, cd.load, lambda folder: cd.save(folder, model)):
+            with pytest.raises(ValueError, match="bucket/run is an address, not a folder: mount the bucket"):
+                use(address)
+    assert not list(tmp_path.iterdir())

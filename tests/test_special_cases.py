@@ -162,7 +162,7 @@ def test_draft_in_small_memory_is_the_same():
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-12)
 
 
-def test_draft_with_a_price_is_the_whole_objective():
+def test_draft_with_a_kl_penalty_is_the_whole_objective():
     """Through all steps, with the KL of every step: the reparameterised gradient of J itself."""
     new, _ = one_step(cd.draft(objective(KL_WEIGHT), SGD))
     x, noise = recorded()

@@ -318,3 +318,32 @@ def test_encoding_is_the_pipelines(today):
     model = load_folder(folder)
     assert relative(model.encode(["a cat", "cats"]), expected) < GATE
     assert relative(model.encode(["", ""]), empty) < GATE
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json", "special_tokens_map.json"), ("vocab.json",), ("merges.txt",)])
+def test_a_tokenizer_without_its_whole_vocabulary_is_refused(today, tmp_path, kept):
+    """Not every prompt taken for the same two words, blind to text."""
+    folder = tmp_path / "model"
+    shutil.copytree(today[1], folder)
+    original_layout(folder)  # with vocab.json and merges.txt
+    for file in (folder / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    with pytest.raises(
+        ValueError, match=r"tokenizer(: the tokenizer has \d+ tokens, but the text encoder has 516| holds no CLIP)"
+    ):
+        load_folder(folder)
+
+
+MISFITS = [("unet", "cross_attention_dim", 48, "hidden_size=24"), ("unet", "in_channels", 9, "latent_channels=4"),
+           ("unet", "out_channels", 8, "in_channels=4"), ("vae", "latent_channels", 8, "latent_channels=8")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "entry", "value", "other"), MISFITS)
+def test_parts_that_do_not_go_together_are_refused_by_their_descriptions(today, tmp_path, part, entry, value, other):
+    folder = tmp_path / "model"
+    shutil.copytree(today[1], folder, ignore=shutil.ignore_patterns("*.safetensors"))  # which are not read
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {entry: value}))
+    with pytest.raises(ValueError, match=rf"unet.config.json: .*{other}.* these parts are not of one text-to-image model"):
+        load_folder(folder)

@@ -47,6 +47,7 @@ from .pixels import (
     interpolated as interpolated,
     pillow as pillow,
 )
+from .remote import RemoteScores as RemoteScores
 from .scores import (
     AbstractImageReward as AbstractImageReward,
     Aesthetic as Aesthetic,

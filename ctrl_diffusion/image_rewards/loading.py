@@ -18,7 +18,7 @@ from ..pretrained.clip_names import clip, openai_tensors
 from ..pretrained.config import read_config
 from ..pretrained.layers import Layers
 from ..pretrained.stored import by_todays_names
-from ..pretrained.tokens import load_tokenizer
+from ..pretrained.tokens import check_vocabulary, load_tokenizer, read_tokenizer
 from ..pretrained.torch_files import read_torch_file
 from ..pretrained.weights import Placement, filled, read_headers
 from . import names
@@ -81,7 +81,7 @@ def _load_clip(cls: type[Network], folder: Path, loading: Loading) -> Network:
 
 def load_clip_similarity(folder: StrPath, loading: Loading = FLOAT32) -> TextAlignment:
     """CLIP similarity, `cos(image, text)`, from the folder of a CLIP with its tokenizer, for example `openai/clip-vit-large-patch14`."""
-    return TextAlignment(load_clip(folder, loading), load_tokenizer(folder))
+    return _aligned(load_clip(folder, loading), folder)
 
 
 def load_pickscore(folder: StrPath, tokenizer: StrPath | None = None, loading: Loading = FLOAT32) -> TextAlignment:
@@ -91,7 +91,7 @@ def load_pickscore(folder: StrPath, tokenizer: StrPath | None = None, loading: L
         tokenizer: the folder of a CLIP tokenizer (default: `folder`).
     """
     preprocess = Preprocess(margin=half_down)  # transformers' image processor
-    return TextAlignment(load_clip(folder, loading), load_tokenizer(tokenizer or folder), preprocess, scaled=True)
+    return _aligned(load_clip(folder, loading), tokenizer or folder, preprocess, scaled=True)
 
 
 def load_aesthetic(clip: StrPath, file: StrPath, loading: Loading = FLOAT32) -> Aesthetic:
@@ -135,7 +135,12 @@ def load_hps(
     found = by_todays_names(openai_tensors(read_torch_file(Path(file), "state_dict")), known)
     make = loading.make(CLIP, config)
     network = filled(make, found, str(file), known, "CLIP ViT-H/14", cast=loading.cast, sharding=loading.sharding)
-    return TextAlignment(network, load_tokenizer(tokenizer), preprocess or HPS_PREPROCESS)
+    return _aligned(network, tokenizer, preprocess or HPS_PREPROCESS)
+
+
+def _aligned(network: CLIP, tokenizer: StrPath, *args: Any, **kwargs: Any) -> TextAlignment:
+    """A network with the tokenizer of a folder, which must have the network's vocabulary."""
+    return TextAlignment(network, load_tokenizer(tokenizer, network.config.text.vocab_size), *args, **kwargs)
 
 
 HPS_PREPROCESS = Preprocess(resize=antialiased)
@@ -166,14 +171,16 @@ def load_image_reward(
     found = by_todays_names(names.image_reward_tensors(read_torch_file(Path(file))), known)
     make, what = loading.make(ImageRewardNetwork, config), "ImageReward" if med_config is None else str(med_config)
     network = filled(make, found, str(file), known, what, cast=loading.cast, sharding=loading.sharding)
-    return ImageReward(network, load_bert_tokenizer(tokenizer))
+    return ImageReward(network, load_bert_tokenizer(tokenizer, config.text.vocab_size))
 
 
-def load_bert_tokenizer(folder: StrPath) -> Any:
-    """Load BERT's tokenizer and add BLIP's two tokens, [DEC] and [ENC]; nothing is fetched."""
+def load_bert_tokenizer(folder: StrPath, words: int | None = None) -> Any:
+    """Load BERT's tokenizer and add BLIP's two tokens, [DEC] and [ENC], which are among its `words`; nothing is fetched."""
     from transformers import BertTokenizer  # takes seconds to import
 
-    tokenizer = BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = read_tokenizer(BertTokenizer, folder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    if words is not None:
+        check_vocabulary(tokenizer, words, folder)
     return tokenizer

@@ -8,11 +8,41 @@ import numpy as np
 from ..folders import StrPath
 
 
-def load_tokenizer(folder: StrPath) -> Any:
-    """Load CLIP's tokenizer, transformers' `CLIPTokenizer`, from a folder; nothing is fetched."""
+def load_tokenizer(folder: StrPath, words: int | None = None) -> Any:
+    """Load CLIP's tokenizer, transformers' `CLIPTokenizer`, from a folder; nothing is fetched.
+
+    Args:
+        words: the size of the text encoder's vocabulary, which the tokenizer must have (`check_vocabulary`).
+
+    Raises:
+        ValueError: if the files cannot be read, or do not hold `words` tokens.
+    """
     from transformers import CLIPTokenizer  # takes seconds to import
 
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return read_tokenizer(CLIPTokenizer, folder, words)
+
+
+def read_tokenizer(cls: Any, folder: StrPath, words: int | None = None) -> Any:
+    """A tokenizer of one of transformers' classes, checked as by `load_tokenizer`."""
+    try:
+        tokenizer = cls.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # of several libraries below
+        raise ValueError(f"{folder} holds no {cls.__name__} that can be read ({type(error).__name__}: {error}).") from error
+    if words is not None:
+        check_vocabulary(tokenizer, words, folder)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, words: int, folder: StrPath) -> None:
+    """Raise `ValueError` unless a tokenizer has as many tokens as the text encoder knows.
+
+    A tokenizer without its vocabulary gives all prompts the same few tokens; one of another model gives tokens without a meaning.
+    """
+    if len(tokenizer) != words:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder has {words}. Its files (vocab.json and merges.txt, "
+            "or tokenizer.json, or vocab.txt) are missing, cut off, or another model's: copy the tokenizer that came with the encoder."
+        )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int = 77, *, truncate: bool = False) -> np.ndarray:

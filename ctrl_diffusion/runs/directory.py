@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..folders import local
 from .checkpoints import Checkpoints
 from .devices import is_first, wait_for_all
 from .files import write_atomic
@@ -23,12 +24,16 @@ class RunDirectory:
 
     Args:
         path: the folder; it is made if it is missing.
-        settings: what identifies the run, values that JSON can hold. A folder with a run of other settings is refused.
+        settings: what identifies the run, values that JSON can hold. A folder with a run of other settings is refused, unless nothing but
+            its settings was written yet.
+        iterations: how many the run is to have. A finished run of fewer iterations, by its metrics, goes on to that number; `None`: a
+            finished run stays as it is.
         use_previous_checkpoint: delete a checkpoint that cannot be read, and resume from the one before.
         loggers: get all rows besides `history.jsonl` (default: `TensorBoard()`).
 
     Raises:
-        ValueError: if the path is a file, holds other files, or holds a run with other settings. Nothing is written then.
+        ValueError: if the path is an address (`gs://...`) or a file, holds other files, or holds a run with other settings. Nothing is
+            written then.
     """
 
     def __init__(
@@ -36,22 +41,40 @@ class RunDirectory:
         path: str | os.PathLike,
         settings: Mapping[str, Any] | None = None,
         *,
+        iterations: int | None = None,
         use_previous_checkpoint: bool = False,
         loggers: Sequence[Logger] | None = None,
     ):
-        self.path, self._use_previous = Path(path), use_previous_checkpoint
+        self.path, self._use_previous = local(path), use_previous_checkpoint
         settings = dict(settings or {})
         self._check(settings)
         wait_for_all("settings are checked")
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
+            self._extend(iterations)
         wait_for_all("settings are written")
         self._loggers: tuple[Logger, ...] = ()
         if is_first() and self.metrics is None:
             self._loggers = (TensorBoard(),) if loggers is None else tuple(loggers)
             for logger in self._loggers:
                 logger.start(self.path, settings)
+
+    def _extend(self, iterations: int | None) -> None:
+        """Take the mark off a finished run that is to have more iterations."""
+        done = (self.metrics or {}).get("iterations")
+        if (
+            iterations is not None
+            and done is not None
+            and done < iterations
+            and (self.metrics or {}).get("stop_reason", "finished") == "finished"
+        ):
+            print(f"{self.path} holds {done} iterations of this run: going on to {iterations}.")
+            (self.path / "metrics.json").unlink()
+
+    def _has_begun(self) -> bool:
+        """Whether anything but settings and the files of loggers was written."""
+        return any(entry.name not in ("config.json", "tensorboard") for entry in self.path.iterdir())
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         file = self.path / "config.json"
@@ -68,7 +91,7 @@ class RunDirectory:
             for name in sorted(set(found) | set(wanted))
             if found.get(name) != wanted.get(name)
         ]
-        if differences:
+        if differences and self._has_begun():
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): choose another folder, or use "
                 "the same settings to resume it."

@@ -100,7 +100,7 @@ def encode_prompts(
 
 
 def drawn_prompts(
-    count: int, per_prompt: int, weights: Sequence[float] | None = None
+    count: int, per_prompt: int, weights: Sequence[int | float] | None = None
 ) -> Callable[[Any, int], Int[Array, " n"]]:
     """A function that draws the conditions of an iteration: random prompts out of `count`, each for `per_prompt` consecutive paths.
 

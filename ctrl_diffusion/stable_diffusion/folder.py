@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ..folders import StrPath, replaced
 from ..pretrained.attention import AttentionFn
 from ..pretrained.clip_text import CLIPText
+from ..pretrained.config import read_config
 from ..pretrained.network_folder import KINDS as SHARED, Kind, read_network, write_json, write_network
 from ..pretrained.tokens import load_tokenizer, tokenize
 from ..pretrained.vae import VAE
@@ -98,11 +99,36 @@ def load_folder(
 
         return load_network(cls, folder / part, **options, sharding=place)
 
+    check_parts(folder)
     noising = read_noising(folder / "scheduler" / "scheduler_config.json")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer", _described(CLIPText, folder / "text_encoder").vocab_size)
     return StableDiffusion(load(UNet, "unet"), load(VAE, "vae"), load(CLIPText, "text_encoder"), tokenizer, noising)
 
 
+def check_parts(folder: Path) -> None:
+    """Raise `ValueError`, before weights are read, if the parts of a folder do not go together by their descriptions."""
+    unet, vae, text = (_described(cls, folder / part) for cls, part in PARTS.items())
+    pairs = (
+        ("unet", "cross_attention_dim", unet.cross_attention_dim, "text_encoder", "hidden_size", text.hidden_size),
+        ("unet", "in_channels", unet.in_channels, "vae", "latent_channels", vae.latent_channels),
+        ("unet", "out_channels", unet.out_channels, "unet", "in_channels", unet.in_channels),
+    )
+    for part, entry, value, other, other_entry, other_value in pairs:
+        if value != other_value:
+            raise ValueError(
+                f"{folder / part / 'config.json'}: {entry}={value}, but {other} has {other_entry}={other_value}: these parts are not of "
+                "one text-to-image model (an inpainting model has more inputs, and is not supported)."
+            )
+
+
+def _described(cls: Any, folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
+    return read_config(KINDS[cls].config, path)
+
+
+PARTS = {UNet: "unet", VAE: "vae", CLIPText: "text_encoder"}
 SUBFOLDERS = {part: part for part in StableDiffusion._fields} | {"noising": "scheduler"}
 
 

@@ -96,5 +96,9 @@ class Config:
     """Devices that share the run."""
 
 
-NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "wandb")
+NOT_IDENTIFYING = (
+    *("out", "devices", "use_previous_checkpoint", "wandb"),
+    *("iterations", "accumulation", "rollouts", "evaluate_every", "checkpoint_every"),
+)
+"""Settings that do not make a run another one: where and how it is computed, and how far it goes."""
 """Settings that may change when a run is continued."""

@@ -69,9 +69,7 @@ def run(
     stand_in = cd.rewards.Reward(config.reward, len, has_gradient)
     _algorithm(config, model.sampler, stand_in, kl_weight, layout)  # refuses what does not fit
 
-    settings = identifying(config, kl_weight, reward, data, model.network)
-    loggers = [TensorBoard(), *([] if config.wandb is None else [WeightsAndBiases(config.wandb)])]
-    directory = RunDirectory(config.out, settings, use_previous_checkpoint=config.use_previous_checkpoint, loggers=loggers)
+    directory = _directory(config, identifying(config, kl_weight, reward, data, model.network))
     if (finished := directory.finished("report.html", write_report)) is not None:
         return finished
 
@@ -143,6 +141,13 @@ def run(
     if is_first():
         _print_summary(metrics, write_report(config.out))
     return metrics
+
+
+def _directory(config: Config, settings: dict[str, Any]) -> RunDirectory:
+    """The folder of the run."""
+    loggers = [TensorBoard(), *([] if config.wandb is None else [WeightsAndBiases(config.wandb)])]
+    previous = config.use_previous_checkpoint
+    return RunDirectory(config.out, settings, iterations=config.iterations, use_previous_checkpoint=previous, loggers=loggers)
 
 
 def _model(config: Config, network: nnx.Module | None, shape: tuple[int, ...]) -> cd.DiffusionModel:

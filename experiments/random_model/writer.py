@@ -53,7 +53,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Size(NamedTuple):
-    """Descriptions of the networks; the vocabulary is the tokenizer's where it is zero."""
+    """Descriptions of the networks; what is written has the vocabulary of its tokenizer."""
 
     unet: UNetConfig
     vae: VAEConfig
@@ -72,7 +72,7 @@ def write_random_model(config: Config) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = _tokenizer(Path(temporary))
     words = len(tokenizer)
-    text = dataclasses.replace(size.text, vocab_size=max(size.text.vocab_size, words), eos_token_id=words - 1)
+    text = dataclasses.replace(size.text, vocab_size=words, eos_token_id=words - 1)
     unet = _drawn(lambda rngs: UNet(size.unet, rngs=rngs), numbers)
     vae = _drawn(lambda rngs: VAE(size.vae, rngs=rngs), numbers)
     text_encoder = _drawn(lambda rngs: CLIPText(text, rngs=rngs), numbers)

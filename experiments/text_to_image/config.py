@@ -44,7 +44,8 @@ class Config:
     reward: tuple[RewardName, ...] = ("jpeg_compressibility",)
     """What to fine-tune for: jpeg_compressibility, jpeg_incompressibility, brightness, aesthetic, clip, pickscore, hps, imagereward, or
     module:function of your own, called with images [b, h, w, 3] in [-1, 1], a list of b prompts and, if
-    it takes three arguments, a list of their other fields. Several are summed."""
+    it takes three arguments, a list of their other fields; or the
+    address of a server, http://... (docs/image_rewards.md). Several are summed."""
     reward_weights: tuple[float, ...] = ()
     """Weights of several rewards (default: 1 each)."""
     reward_folder: Path = Path("rewards")

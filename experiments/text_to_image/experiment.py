@@ -23,7 +23,10 @@ from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prom
 from .prompts import digest_of_prompts
 from .report import write_gallery
 
-_NOT_IDENTIFYING = ("out", "devices", "use_previous_checkpoint", "settings")
+_NOT_IDENTIFYING = (
+    *("out", "devices", "use_previous_checkpoint", "settings", "iterations", "evaluate_every", "checkpoint_every"),
+    *("accumulation", "rollouts", "remat", "attention", "attention_chunk", "decode_chunk"),
+)
 _STREAMS = ("finetune", "evaluation")
 SHOWN = 32  # images of each kind in the gallery
 LOGGED = 16  # images of each evaluation that loggers get
@@ -44,7 +47,9 @@ def run(config: Config) -> dict[str, Any]:
     layout = config.devices.start()
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in _NOT_IDENTIFYING}
     settings["prompts_digest"] = digest_of_prompts(config)
-    directory = RunDirectory(config.out, _as_json(settings), use_previous_checkpoint=config.use_previous_checkpoint)
+    directory = RunDirectory(
+        config.out, _as_json(settings), iterations=config.iterations, use_previous_checkpoint=config.use_previous_checkpoint
+    )
     if (finished := directory.finished("gallery.html", write_gallery)) is not None:
         return finished
     print(describe(layout, batch=config.batch, evaluation_samples=config.evaluation_samples))
