@@ -96,8 +96,5 @@ class ERSDE(AbstractMultistep):
         start = scale(n1) / scale(n0)
         fractions = [1 - start, *(1 - j * jnp.sum(weights * w * theta ** (j - 1)) for j in range(1, self.steps))]
         noisy = (rate > 1) if self.noise_scale is None else True
-        last = [
-            1,
-            *(jnp.where(noisy, 0, 1) for _ in fractions[1:]),
-        ]  # of the polynomial at zero noise: its value at the newest node
+        last = [1, *(jnp.where(noisy, 0, 1) for _ in fractions[1:])]  # an SDE at zero noise: the newest control alone
         return tuple(alpha * jnp.where(finite, fraction, end) for fraction, end in zip(fractions, last))

@@ -156,6 +156,7 @@ OBJECTIVE = [
 
 
 if __name__ == "__main__":
+    from tests.mutations_of_inputs import INPUTS
     from tests.mutations_of_methods import METHODS, NETWORKS
 
-    sys.exit(main([*SOLVERS, *PROCESS, *OBJECTIVE, *METHODS, *NETWORKS]))
+    sys.exit(main([*SOLVERS, *PROCESS, *OBJECTIVE, *METHODS, *NETWORKS, *INPUTS]))

@@ -7,10 +7,11 @@ import pytest
 
 from tests.mutating import Mutation, arguments, chosen, copied, places
 from tests.mutations import OBJECTIVE, PROCESS, SOLVERS
+from tests.mutations_of_inputs import INPUTS
 from tests.mutations_of_methods import METHODS, NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTATIONS = [*SOLVERS, *PROCESS, *OBJECTIVE, *METHODS, *NETWORKS]
+MUTATIONS = [*SOLVERS, *PROCESS, *OBJECTIVE, *METHODS, *NETWORKS, *INPUTS]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

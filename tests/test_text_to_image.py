@@ -135,7 +135,7 @@ def test_a_reward_that_fails_keeps_the_state(finished, tmp_path, monkeypatch, ca
     """The run that goes on after its error, by the command, ends as one without."""
     args = [
         word
-        for name, v in OWN.items()
+        for name, v in (OWN | dict(evaluation_solvers=(), evaluation_steps=())).items()
         for word in (f"--{name.replace('_', '-')}", *map(str, v if isinstance(v, tuple) else (v,)))
     ]
     CALLS.clear()

@@ -24,6 +24,8 @@ Network = TypeVar("Network", bound=nnx.Module)
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and data parallelism put before all names of a network."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -57,8 +59,10 @@ def read_headers(folder: Path, stem: str, names: Names) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     files = find_files(folder, stem)
     for file in files:
-        for stored in _tensors_of(file):
-            today = names.today(stored.name)
+        tensors = _tensors_of(file)
+        prefix = next((p for p in WRAPPERS if tensors and all(stored.name.startswith(p) for stored in tensors)), "")
+        for stored in tensors:
+            today = names.today(stored.name.removeprefix(prefix))
             if today in found:
                 other = found[today]
                 raise ValueError(f"{file}: tensor {stored.name!r} is also in {other.file} as {other.name!r}.")
@@ -81,7 +85,18 @@ def _tensors_of(file: Path) -> list[Stored]:
                 for name, s in slices.items()
             ]
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(f"{file} {_why_not(file)}: {error}") from error
+
+
+def _why_not(file: Path) -> str:
+    """What a file is that is no safetensors file, and what to do."""
+    with open(file, "rb") as opened:
+        begin = opened.read(64)
+    if begin.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the weights: run git lfs pull in its folder, or download the file itself"
+    if not begin:
+        return "is empty: download it again"
+    return "is truncated or not a safetensors file"
 
 
 def _read(file: Path, name: str) -> np.ndarray:
@@ -140,7 +155,7 @@ def filled(
         sharding: where each parameter is placed (default: the default device).
 
     Raises:
-        ValueError: if tensors are missing, superfluous, or have another shape or type.
+        ValueError: if tensors are missing, superfluous, not finite, or have another shape or type.
     """
     graphdef, state = nnx.split(abstract_network(make))
     wanted = {names.tensor(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
@@ -155,10 +170,19 @@ def filled(
 
     def parameter(name, path, variable):
         array = np.ascontiguousarray(from_file(path, found[name].read()).astype(variable.dtype, copy=False))
+        _check_finite(found[name], array)
         return variable.replace(jax.device_put(array, place(".".join(map(str, path)), array.shape)))
 
     flat = [(path, parameter(name, path, variable)) for name, (path, variable) in wanted.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _check_finite(stored: Stored, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{stored.file}: tensor {stored.name!r} holds {np.count_nonzero(~np.isfinite(array))} numbers that are not finite as "
+            f"{array.dtype}: the file is of a run that diverged, or its numbers are beyond the range of that type."
+        )
 
 
 def _check_constant(stored: Stored, value: np.ndarray) -> None:
