@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-SHORTEST = 0.1  # seconds of compilation from which on a program is kept
+SHORTEST = 0.0  # seconds of compilation from which on a program is kept: a start has hundreds of small ones
 
 
 def default_folder() -> Path:
