@@ -219,28 +219,23 @@ def compute_rewards(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -
     if reward.parts and not reward.differentiable:
         return sum(weight * compute_rewards(part, x, cond) for weight, part in reward.parts)  # pyright: ignore[reportReturnType]
     seen = x if reward.differentiable or reward.view is None else _apply(reward.view, x)
-    finite = local_rows(are_finite(seen))
-    _raise_together(_error_of(lambda: check_samples(reward.name, finite))[1], reward, x)
-    values, error = _error_of(lambda: _checked(reward, seen, cond))
-    _raise_together(error, reward, x)
-    return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)
-
-
-def _error_of(fn: Callable[[], Any]) -> tuple[Any, RewardError | None]:
-    """The result of `fn` or the error that it raised."""
     try:
-        return fn(), None
-    except RewardError as error:
-        return None, error
+        values, error = _checked(reward, seen, cond), None
+    except RewardError as found:
+        values, error = None, found
+    _raise_together(error, reward, x)
+    return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
 
 
 def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
     """All numbers of a differentiable reward; of a black box, the numbers of this process's rows."""
-    if reward.differentiable:
+    if reward.differentiable:  # all processes call it, also one that will raise: its program may be divided over them
         values = _called(reward, x, cond)
+        check_samples(reward.name, local_rows(are_finite(x)))
         check_numbers(reward.name, values.shape, local_rows(values) if values.ndim else np.asarray(values), x.shape)
         return values
     rows, cond = jax.tree.map(local_rows, (x, cond))
+    check_samples(reward.name, np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
     values = as_numbers(reward.name, _called(reward, rows, cond), x.dtype)
     check_numbers(reward.name, values.shape, values, rows.shape)
     return values

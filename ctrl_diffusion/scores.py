@@ -82,11 +82,11 @@ def check_numbers(name: str, found: tuple[int, ...], values: np.ndarray, shape: 
 
 
 def check_samples(name: str, finite: np.ndarray) -> None:
-    """Raise `RewardError` unless all samples that a reward would be given are `finite`, one boolean each."""
+    """Raise `RewardError` unless all samples of a reward are `finite`, one boolean each."""
     bad = np.flatnonzero(~finite)
     if len(bad):
         raise RewardError(
-            f"sample {bad[0]} is not finite ({len(bad)} of {len(finite)} are not), so reward {name!r} was not asked: sampling diverged. "
+            f"sample {bad[0]} is not finite ({len(bad)} of {len(finite)} are not), so it has no reward {name!r}: sampling diverged. "
             "Lower the learning rate or the guidance, or take more steps."
         )
 

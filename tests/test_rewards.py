@@ -181,5 +181,5 @@ def test_a_differentiable_reward_may_be_in_half_precision():
 
 @pytest.mark.parametrize("make", [cd.black_box, cd.differentiable])
 def test_samples_that_are_not_finite_are_not_judged(make):
-    with pytest.raises(RewardError, match="sample 3 is not finite .1 of 10 are not., so reward 'first' was not asked"):
+    with pytest.raises(RewardError, match="sample 3 is not finite .1 of 10 are not., so it has no reward 'first'"):
         compute_rewards(make(first), X.at[3, 1].set(jnp.nan))

@@ -41,11 +41,12 @@ def make_programs(recipe: Recipe) -> dict[str, Program]:
         return Program(_compiled(function, recipe, recipe.layout, axes, donated), axes)
 
     def shared(function: Callable[..., Any], part: Any, axes: Any) -> Program:
-        """A program that other algorithms have too, if `part`, which is all that it depends on, can be compared."""
+        """A program that depends on `part` alone. Algorithms with equal parts share it, unless an array is in the part."""
         try:
-            return Program(_compiled_once(function, part, recipe.layout, axes), axes)
-        except TypeError:  # an array in it
+            hash(part)
+        except TypeError:  # arrays cannot be compared
             return Program(_compiled(function, part, recipe.layout, axes), axes)
+        return Program(_compiled_once(function, part, recipe.layout, axes), axes)
 
     path = Trajectory(WHOLE, 1, 1)  # pyright: ignore[reportArgumentType]
     waiting = Annotated(AXES, 0, 0)  # pyright: ignore[reportArgumentType]

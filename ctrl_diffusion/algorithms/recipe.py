@@ -20,7 +20,7 @@ from .training import Training
 
 
 class Sampling(NamedTuple):
-    """What sampling the paths of one part depends on: two algorithms that sample alike share the program.
+    """Everything that the program `sample` depends on.
 
     Attributes:
         sampler: the sampler, without the arrays of its control.
@@ -41,13 +41,15 @@ class Sampling(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How the transitions of an iteration are divided into minibatches.
+    """Everything that the programs `shuffle` and `select` depend on: how transitions are divided into minibatches.
 
     Attributes:
-        batch: number of paths.
-        of_a_path: transitions per path, `transitions`: of all, `minibatches`: of how many parts.
-        stratified: whether each group of `minibatches` consecutive transitions is dealt out.
-        whole_paths: whether a transition stands for a whole path.
+        batch: number of paths of an iteration.
+        of_a_path: number of transitions per path.
+        transitions: number of transitions of all paths.
+        minibatches: number of minibatches.
+        stratified: see `Training.stratified`.
+        whole_paths: whether each transition is a whole path.
     """
 
     batch: int
@@ -59,7 +61,11 @@ class Division(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The parts of an algorithm, the first argument of every function of an iteration. `compose` says what each part is."""
+    """The parts of an algorithm. `compose` says what each part is.
+
+    It is the first argument of the functions of an iteration. Those that depend on a part of it only get that part instead (`Sampling`,
+    `Division`), so that algorithms share their compiled programs.
+    """
 
     objective: Objective
     estimator: AbstractEstimator

@@ -38,6 +38,14 @@ KINDS: Mapping[type[nnx.Module], Kind] = {
 """Of the networks that several families have; a family adds its own."""
 
 
+def read_description(cls: type[nnx.Module], kind: Kind, folder: StrPath) -> Any:
+    """The description of a network, from the `config.json` of its folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
+    return read_config(kind.config, path)
+
+
 def read_network(
     cls: type[Network],
     kind: Kind,
@@ -63,11 +71,7 @@ def read_network(
         sharding: `sharding(name, shape)` is the place of the parameter `name`, for example `encoder.conv_in.kernel`;
             `None`: the default device.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
-    config = read_config(kind.config, path)
+    folder, config = Path(folder), read_description(cls, kind, folder)
     build: Any = cls
 
     def make(rngs: nnx.Rngs) -> Network:

@@ -11,9 +11,16 @@ from jaxtyping import Array, Float
 
 from ..folders import StrPath, replaced
 from ..pretrained.attention import AttentionFn
+from ..pretrained.clip_config import CLIPTextConfig
 from ..pretrained.clip_text import CLIPText
-from ..pretrained.config import read_config
-from ..pretrained.network_folder import KINDS as SHARED, Kind, read_network, write_json, write_network
+from ..pretrained.network_folder import (
+    KINDS as SHARED,
+    Kind,
+    read_description,
+    read_network,
+    write_json,
+    write_network,
+)
 from ..pretrained.tokens import load_tokenizer, tokenize
 from ..pretrained.vae import VAE
 from ..pretrained.weights import Placement
@@ -99,15 +106,15 @@ def load_folder(
 
         return load_network(cls, folder / part, **options, sharding=place)
 
-    check_parts(folder)
+    words = check_parts(folder).vocab_size
     noising = read_noising(folder / "scheduler" / "scheduler_config.json")
-    tokenizer = load_tokenizer(folder / "tokenizer", _described(CLIPText, folder / "text_encoder").vocab_size)
+    tokenizer = load_tokenizer(folder / "tokenizer", words)
     return StableDiffusion(load(UNet, "unet"), load(VAE, "vae"), load(CLIPText, "text_encoder"), tokenizer, noising)
 
 
-def check_parts(folder: Path) -> None:
-    """Raise `ValueError`, before weights are read, if the parts of a folder do not go together by their descriptions."""
-    unet, vae, text = (_described(cls, folder / part) for cls, part in PARTS.items())
+def check_parts(folder: Path) -> CLIPTextConfig:
+    """The description of the text encoder. `ValueError`, before weights are read, if the parts' descriptions do not go together."""
+    unet, vae, text = (read_description(cls, KINDS[cls], folder / part) for cls, part in PARTS.items())
     pairs = (
         ("unet", "cross_attention_dim", unet.cross_attention_dim, "text_encoder", "hidden_size", text.hidden_size),
         ("unet", "in_channels", unet.in_channels, "vae", "latent_channels", vae.latent_channels),
@@ -119,13 +126,7 @@ def check_parts(folder: Path) -> None:
                 f"{folder / part / 'config.json'}: {entry}={value}, but {other} has {other_entry}={other_value}: these parts are not of "
                 "one text-to-image model (an inpainting model has more inputs, and is not supported)."
             )
-
-
-def _described(cls: Any, folder: Path) -> Any:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a {cls.__name__}.")
-    return read_config(KINDS[cls].config, path)
+    return text
 
 
 PARTS = {UNet: "unet", VAE: "vae", CLIPText: "text_encoder"}

@@ -98,7 +98,6 @@ class Config:
 
 NOT_IDENTIFYING = (
     *("out", "devices", "use_previous_checkpoint", "wandb"),
-    *("iterations", "accumulation", "rollouts", "evaluate_every", "checkpoint_every"),
+    *("iterations", "accumulation", "evaluate_every", "checkpoint_every"),
 )
 """Settings that do not make a run another one: where and how it is computed, and how far it goes."""
-"""Settings that may change when a run is continued."""
