@@ -13,7 +13,6 @@ from ctrl_diffusion.schedules import RectifiedFlow, VarianceExploding, VPCosine,
 from ctrl_diffusion.solvers import sample_keys
 
 SCHEDULES = [VPLinear(), VPCosine(), VPTable(), VarianceExploding(horizon=10.0, tau_max=10.0, tau_min=0.1), RectifiedFlow()]
-SMOOTH = [schedule for schedule in SCHEDULES if not isinstance(schedule, VPTable)]  # continuous f and g
 ids = dict(ids=lambda value: type(value).__name__ if hasattr(value, "horizon") else str(value))
 
 
@@ -145,7 +144,7 @@ def test_mixture_value_solves_the_hjb_equation_and_gives_the_optimal_action(sche
     check_value_and_action(uneven(reward, schedule), 1e-8)
 
 
-@pytest.mark.parametrize("schedule, eta", list(zip([constant_rate(), *SMOOTH], (0.25, 0.5, 1.0, 0.5, 0.25))), **ids)
+@pytest.mark.parametrize("schedule, eta", list(zip([constant_rate(), *SCHEDULES], (0.25, 0.5, 1.0, 0.5, 0.25, 0.5))), **ids)
 def test_gaussian_numbers_follow_from_the_moment_equations(schedule, eta):
     """Mean, variance and path KL by integrating the controlled SDE's moments: nothing of the closed form but the actions."""
     for noise_start in (False, True)[: 2 if schedule.horizon == 2 else 1]:
