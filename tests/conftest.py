@@ -1,8 +1,8 @@
 """Every test runs with the shapes and dtypes in the library's annotations checked, on the CPU unless asked otherwise.
 
 Tests spend their time in the compiler, not in what it makes, so machine code is not optimised, but for tests marked `optimised`,
-which see the compiler as users have it (`compiling.py`). Programs that several tests compile are compiled once: workers and the
-processes that tests start share a cache on disk that goes with the run. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
+which see the compiler as users have it (`compiling.py`). Programs that several tests compile are compiled once: workers, the
+processes that tests start and later runs share a cache on disk, in `.pytest_cache`. `JAX_ENABLE_COMPILATION_CACHE=0` does without.
 
 Workers take whole files, so that what the tests of a file share is made once. After a file its programs are forgotten: those of
 all files would take gigabytes.
@@ -12,13 +12,16 @@ import ctypes
 import gc
 import importlib.util
 import os
+import shutil
 import sys
-import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from the first process
-    CACHE = tempfile.TemporaryDirectory(prefix="ctrl-diffusion-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    CACHE = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+    if sum(file.stat().st_size for file in CACHE.glob("*")) > 2**30:  # programs of many versions of the code
+        shutil.rmtree(CACHE)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax

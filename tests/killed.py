@@ -1,16 +1,14 @@
-"""`python -m tests.killed OUT POINT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never.
+"""`python -m tests.killed POINT --out OUT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never.
 
 With the point "disk" no file may grow beyond 8 kB from the first checkpoint on, as on a full disk. No classifier is trained
-for these images, which have no labels, and no report is written.
+for these images, which have no labels, and no report is written. Options are those of `experiments.digits`.
 """
 
-import dataclasses
 import functools
 import os
 import resource
 import signal
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 from sklearn.datasets import load_digits
@@ -43,7 +41,7 @@ def killing(fn, at, before=True):
     return wrapped
 
 
-def main(out, point):
+def main(point, *args):
     if point == "rollout":  # the rewards of the second iteration: paths are sampled, nothing is learned
         collect.compute_reward_terms = killing(collect.compute_reward_terms, 2)
     elif point == "update":  # the first of the two updates of the second iteration is done
@@ -63,7 +61,7 @@ def main(out, point):
     digits.write_report = lambda folder: folder
     reward = cd.differentiable(lambda x: jnp.mean(x[:, :, :3] - x[:, :, 3:], axis=(1, 2, 3)), "left")
     run = functools.partial(digits.run, reward=reward, data=load_digits().images[:200, :6, :6] / 8 - 1)
-    sys.exit(execute(run, lambda: dataclasses.replace(CONFIG, out=Path(out)), None, "tests.killed", []))
+    sys.exit(execute(run, digits.Config, None, "tests.killed", args, defaults=lambda parsed: CONFIG))
 
 
 if __name__ == "__main__":

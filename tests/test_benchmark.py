@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from experiments.benchmark import comparison as benchmark, text_to_image as benchmark_text_to_image
-from experiments.benchmark.check import exact
+from experiments.benchmark.check import check, exact
 from experiments.benchmark.floor import SIDE, floor, large_product, operations
-from experiments.benchmark.unet import TIMESTEPS, coefficients, make_task
+from experiments.benchmark.unet import TIMESTEPS, coefficients, make_task, predict, sampled
 
 TINY = benchmark.Config(batch=4, steps=3, minibatches=2, channels=(8,), repeats=2, pause=0.0, compiled=False, gradient=False)
 TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("diffusers") is not None
@@ -78,12 +78,19 @@ def test_a_pass_is_its_updates_and_is_timed_as_one_of_them(task, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", [{"keep": 1.01}])
-def test_a_side_that_computes_something_else_is_refused(task, reference, wrong):
-    c = coefficients(task.process, task.objective.sampler.ts)
-    changed = c._replace(**{name: factor * getattr(c, name) for name, factor in wrong.items()})
-    with pytest.raises(ValueError, match="lax.scan by hand: the error of the"):
-        benchmark.jax_sides(task, changed, reference, False)
+def test_a_side_that_computes_something_else_is_refused(task, reference):
+    """Samples of coefficients that are off by a hundredth; a loss and a gradient that are off by as much."""
+    right = coefficients(task.process, task.objective.sampler.ts)
+    run = sampled(predict(task.graphdef), right._replace(keep=1.01 * right.keep), TINY.batch)
+    samples = run(task.behaviour, task.recorded.key)[0][-1]
+    scaled = jax.tree.map(lambda v: 1.01 * v, reference.gradient)
+    for what, *results in (
+        ("samples", samples, reference.loss, reference.gradient),
+        ("loss", reference.samples, 1.01 * reference.loss, reference.gradient),
+        ("gradient", reference.samples, reference.loss, scaled),
+    ):
+        with pytest.raises(ValueError, match=f"lax.scan by hand: the error of the {what} is"):
+            check(benchmark.SCAN, reference, reference.tolerance, *results)
 
 
 @pytest.mark.slow

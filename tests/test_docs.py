@@ -22,6 +22,7 @@ from experiments.digits.glossary import GLOSSARY
 from experiments.pod_plan import plan as pod_plan
 from experiments.solver_cost import cost as solver_cost
 from experiments.text_to_image.__main__ import Options as TextToImage
+from tests.tiny_runs import blank
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -83,10 +84,12 @@ def test_the_first_screen_has_exactly_two_commands():
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A folder in which the first command has been run, on a tiny budget."""
+def workspace(tmp_path_factory, classifiers):
+    """A folder in which the first command has been run, on a tiny budget, with blank figures."""
     folder = tmp_path_factory.mktemp("docs")
-    digits.run(digits.Config(out=folder / "runs" / "digits", **TINY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.digits.report.png", blank)
+        digits.run(digits.Config(out=folder / "runs" / "digits", **TINY))
     return folder
 
 

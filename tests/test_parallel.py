@@ -38,19 +38,27 @@ def parameters(out):
     return safetensors.numpy.load_file(out / "model" / "params.safetensors")
 
 
+def start(devices, *command, stderr=subprocess.STDOUT):
+    """A process that runs a module."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=REPOSITORY, env=environment(devices, flags()),
+        stdout=subprocess.PIPE, stderr=stderr, text=True,
+    )  # fmt: skip
+
+
 def killed(out, point, devices=1):
     """A run that ends at a point."""
-    command = [sys.executable, "-m", "tests.killed", str(out), point]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(devices, flags()), capture_output=True, text=True)
-    return done.returncode, done.stderr
+    process = start(devices, "tests.killed", point, "--out", str(out), stderr=subprocess.PIPE)
+    _, errors = process.communicate()
+    return process.returncode, errors
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Parameters of a run with a replay buffer that nothing interrupts."""
-    out = tmp_path_factory.mktemp("whole")
-    assert killed(out / "run", "never") == (0, ANY)
-    return parameters(out / "run")
+    """The folder of a run with a replay buffer that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert killed(out, "never") == (0, ANY)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +77,9 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, who
     expected = "error: a checkpoint cannot be written to .*File too large.*MiB are free there"
     assert code == 1 and re.search(expected, message), message
     assert killed(run, "never") == (0, ANY)
+    expected = parameters(whole)
     for name, found in parameters(run).items():
-        np.testing.assert_array_equal(found, whole[name])
+        np.testing.assert_array_equal(found, expected[name])
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == list(range(6))
 
@@ -79,19 +88,9 @@ def test_a_run_goes_on_with_other_devices(tmp_path, whole, interrupted):
     """Checkpoints of one device, the replay buffer in them, are restored on four."""
     run = shutil.copytree(interrupted, tmp_path / "run")
     assert killed(run, "never", devices=4) == (0, ANY)
+    expected = parameters(whole)
     for name, found in parameters(run).items():
-        np.testing.assert_allclose(found, whole[name], rtol=1e-3, atol=1e-5)
-
-
-TINY = "--steps 4 --pretrain-steps 20 --pretrain-batch 32 --width 16 --depth 1 --iterations 2 --batch 32 --minibatches 2 --epochs 1"
-TINY += " --reference-samples 64 --evaluation-samples 64 --evaluate-every 2 --checkpoint-every 1"
-
-
-def start(devices, *command):
-    return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=REPOSITORY, env=environment(devices, flags()),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        np.testing.assert_allclose(found, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def free_address():
@@ -118,13 +117,8 @@ def test_a_reward_that_fails_on_one_process_ends_both():
     assert second[2:] == ["{2: [12.0], 3: [18.0]}", "the iteration of one device"], printed
 
 
-def test_two_processes_equal_one(tmp_path):
-    """The whole experiment by two processes of two devices each, with parameters divided, and by one on one device: the same model."""
-
-    def run(name, devices, *options):
-        return start(devices, "experiments.digits", "--out", str(tmp_path / name), *TINY.split(), *options)
-
-    alone = run("one", 1)
+def test_two_processes_equal_one(tmp_path, whole):
+    """A run with a replay buffer by two processes of two devices each, with parameters divided, and by one on one device."""
     joint = [
         "--devices.distributed",
         "--devices.coordinator",
@@ -134,13 +128,13 @@ def test_two_processes_equal_one(tmp_path):
         "--devices.fsdp",
         "2",
     ]
-    both = [run("two", 2, *joint, "--devices.process", str(i)) for i in range(2)]
-    output = [process.communicate()[0] for process in (alone, *both)]
-    assert [process.returncode for process in (alone, *both)] == [0, 0, 0], output
-    assert "4 devices (cpu) of 2 process(es)" in output[1]
-    assert "batch 32 = 8 each" in output[1]
-    one, two = parameters(tmp_path / "one"), parameters(tmp_path / "two")
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    assert metrics[1]["reward"] == pytest.approx(metrics[0]["reward"], rel=1e-3)
+    run = ("tests.killed", "never", "--out", str(tmp_path / "two"), *joint)
+    both = [start(2, *run, "--devices.process", str(i)) for i in range(2)]
+    output = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
+    assert "4 devices (cpu) of 2 process(es)" in output[0] and "batch 24 = 6 each" in output[0]
+    found = parameters(tmp_path / "two")
+    for name, expected in parameters(whole).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-5)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "two", whole)]
+    assert metrics[0]["reward"] == pytest.approx(metrics[1]["reward"], rel=1e-3)

@@ -67,7 +67,6 @@ def finished(tmp_path_factory):
     return config, run(config)
 
 
-@pytest.mark.slow
 def test_a_run_leaves_everything_behind(finished):
     config, metrics = finished
     assert metrics == json.loads((config.out / "metrics.json").read_text())
@@ -100,7 +99,6 @@ def test_the_same_command_again_leaves_it_alone(finished, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_lora_gives_the_images_of_the_run(finished):
     """The original folder and the last LoRA, loaded as a user would, sample what the run showed as its result."""
     config, _ = finished
@@ -130,7 +128,6 @@ def test_lora_gives_the_images_of_the_run(finished):
     assert np.max(np.abs(shown["training_before"].astype(int) - shown["training_after"])) > 3
 
 
-@pytest.mark.slow
 def test_a_reward_that_fails_keeps_the_state(finished, tmp_path, monkeypatch, capsys):
     """The run that goes on after its error, by the command, ends as one without."""
     args = [
