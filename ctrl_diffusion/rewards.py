@@ -227,6 +227,36 @@ def compute_rewards(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -
     return values.astype(x.dtype) if reward.differentiable else from_local_rows(values, x)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
 
 
+def try_reward(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> None:
+    """Find the faults of a reward on a few samples, before anything long begins. A differentiable one is traced, not run.
+
+    Raises:
+        RewardError: as `compute_rewards`.
+    """
+    if not reward.differentiable:
+        compute_rewards(reward, x, cond)
+        return
+    try:
+        found = jax.eval_shape(reward, x, cond)
+    except Exception as error:
+        raise RewardError(f"reward {reward.name!r} raised {type(error).__name__} on a batch of {x.shape}: {error}") from error
+    check_numbers(reward.name, np.shape(found), np.zeros(x.shape[0], getattr(found, "dtype", object)), x.shape)
+
+
+def gradient_fault(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) -> str | None:
+    """A sentence that names the samples at which the reward is finite and its gradient is not; `None` if there is none."""
+    if not reward.differentiable:
+        return None
+    gradient = jax.grad(lambda x: jax.numpy.sum(reward(x, cond)))(x)
+    bad = np.flatnonzero(np.isfinite(np.asarray(reward(x, cond))) & ~np.asarray(are_finite(gradient)))
+    if not len(bad):
+        return None
+    return (
+        f"the gradient of reward {reward.name!r} is not finite at sample {bad[0]} ({len(bad)} of {len(x)}), though its value is: look for "
+        "a square root, norm, logarithm or quotient at 0, also in the branch of jnp.where that is not taken"
+    )
+
+
 def _checked(reward: Reward, x: Float[Array, "b *x"], cond: Any) -> Any:
     """All numbers of a differentiable reward; of a black box, the numbers of this process's rows."""
     if reward.differentiable:  # all processes call it, also one that will raise: its program may be divided over them

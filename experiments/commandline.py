@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import tyro
 
 C = TypeVar("C")
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,9 @@ def execute(
 ) -> int:
     """Parse `args` (default: those of the process) as `config` and run it.
 
-    Returns 0, or 1 after a `ValueError`, `FloatingPointError` or `OSError`, whose message is printed. After a usage error tyro ends the
-    process with exit code 2. `defaults(parsed)` may return other defaults for options that are not given, or None; `args` are then
-    parsed again with these. `run` should import what it needs when it is called.
+    Returns 0, or 1 after a `ValueError`, `FloatingPointError` or `OSError`, whose message is printed, or 130 after Ctrl-C. After a usage
+    error tyro ends the process with exit code 2. `defaults(parsed)` may return other defaults for options that are not given, or None;
+    `args` are then parsed again with these. `run` should import what it needs when it is called.
     """
     prog = f"python -m {module}"
     parsed = tyro.cli(config, args=args, description=description, prog=prog)
@@ -46,6 +48,9 @@ def execute(
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from what is written.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

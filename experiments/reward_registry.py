@@ -154,18 +154,22 @@ def make_reward(names: Sequence[str], weights: Sequence[float], settings: Reward
     return weighted_sum(*zip(weights or [1.0] * len(found), found))
 
 
-def _own(name: str, settings: RewardSettings) -> Reward:
-    """A reward of `module:function`, or of the server at an address."""
+def own_function(name: str) -> Any:
+    """What `module:function` names, or the scores of the server at an address."""
     if name.startswith(("http://", "https://")):
-        fn: Any = image_rewards.RemoteScores(name)
-    else:
-        module, _, function = name.partition(":")
-        try:
-            fn = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
-            ) from error
+        return image_rewards.RemoteScores(name)
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward={name!r} cannot be imported ({error}): give module:function, importable from here."
+        ) from error
+
+
+def _own(name: str, settings: RewardSettings) -> Reward:
+    """A reward of one's own."""
+    fn = own_function(name)
     if isinstance(fn, Reward):  # a differentiable one
         return fn
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,4 +1,4 @@
-"""`python -m tests.killed POINT --out OUT`: a tiny run that ends itself with SIGKILL in a rollout, an update, a checkpoint write, or never.
+"""`python -m tests.killed POINT --out OUT`: a tiny run that ends itself with SIGKILL in an update, a checkpoint write, or never.
 
 With the point "disk" no file may grow beyond 8 kB from the first checkpoint on, as on a full disk. No classifier is trained
 for these images, which have no labels, and no report is written. Options are those of `experiments.digits`.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sklearn.datasets import load_digits
 
 import ctrl_diffusion as cd
-from ctrl_diffusion.algorithms import collect, iteration
+from ctrl_diffusion.algorithms import iteration
 from ctrl_diffusion.runs import Checkpoints
 from experiments.commandline import execute
 from experiments.digits import experiment as digits
@@ -25,14 +25,12 @@ CONFIG = digits.Config(
 )  # fmt: skip
 
 
-def killing(fn, at, before=True):
-    """`fn`, but its call number `at` ends the process: before it does anything, or right after."""
+def killing(fn, at):
+    """`fn`, but its call number `at` ends the process when it is done."""
     calls = []
 
     def wrapped(*args, **kwargs):
         calls.append(None)
-        if before and len(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
         result = fn(*args, **kwargs)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -42,12 +40,10 @@ def killing(fn, at, before=True):
 
 
 def main(point, *args):
-    if point == "rollout":  # the rewards of the second iteration: paths are sampled, nothing is learned
-        collect.compute_reward_terms = killing(collect.compute_reward_terms, 2)
-    elif point == "update":  # the first of the two updates of the second iteration is done
-        iteration.one_update = killing(iteration.one_update, 3, before=False)
+    if point == "update":  # the first of the two updates of the second iteration is done
+        iteration.one_update = killing(iteration.one_update, 3)
     elif point == "checkpoint":  # the third checkpoint is being written in the background
-        Checkpoints.save = killing(Checkpoints.save, 3, before=False)
+        Checkpoints.save = killing(Checkpoints.save, 3)
     elif point == "disk":
         save, calls = Checkpoints.save, []
 

@@ -278,18 +278,17 @@ def test_few_step_ode_is_a_flow_and_one_step_is_the_posterior_mean():
     sampler = objective(5).sampler
     t, x = jnp.asarray(1.0), jnp.asarray([[-1.0], [0.4], [2.0]])
     score = PROBLEM.reference_action(None, t, x)
-    tau, end = SCHEDULE.horizon - 1.0, SCHEDULE.tau_min
-    m0, s0 = 1.0, 0.5
-
-    def moments(tau):
-        alpha, variance = float(SCHEDULE.alpha(jnp.asarray(tau))), float(SCHEDULE.sigma_squared(jnp.asarray(tau)))
-        return alpha * m0, alpha**2 * s0**2 + variance
-
-    (m, v), (m1, v1) = moments(tau), moments(end)
-    exact_end = m1 + np.sqrt(v1 / v) * (x - m)  # the flow keeps quantiles
+    taus = jnp.asarray([SCHEDULE.horizon - 1.0, SCHEDULE.tau_min])
+    m, v = SCHEDULE.alpha(taus), 0.25 * SCHEDULE.alpha(taus) ** 2 + SCHEDULE.sigma_squared(taus)  # of data N(1, 0.5^2)
+    exact_end = m[1] + np.sqrt(v[1] / v[0]) * (x - m[0])  # the flow keeps quantiles
     errors = [cd.x0_prediction.few_step_ode(n)(sampler, jnp.zeros(3), t, x, score) - exact_end for n in (50, 100)]
     assert np.max(np.abs(errors[0])) < 0.12
     np.testing.assert_allclose(errors[0], 2 * errors[1], atol=0.1 * float(np.max(np.abs(errors[0]))))  # first order
+    varying = cd.VPLinear(0.5, 8.0, 2.0, tau_min=2e-3, tau_max=2.0)  # whose steps differ, those of SCHEDULE do not
+    flow, times = cd.DiffusionProcess(varying, 0.0), np.linspace(1.0, SCHEDULE.horizon - SCHEDULE.tau_min, 3)
+    two = cd.x0_prediction.few_step_ode(2)(cd.Sampler(cd.DiffusionProcess(varying), control, (1,)), jnp.zeros(3), t, x, score)
+    solved = cd.solvers.integrate(flow.term(control, None), cd.solvers.ExponentialEuler(), times, x, (jnp.zeros(3), None))
+    np.testing.assert_allclose(two, solved, rtol=1e-4, atol=1e-5)
     clean = cd.DiffusionProcess(cd.VPLinear(4.0, 4.0, 2.0, tau_min=0.0, tau_max=2.0))
     clean = cd.Sampler(clean, control, (1,), grid=clean.grid(5))
     one = cd.x0_prediction.few_step_ode(1)(clean, jnp.zeros(3), t, x, score)

@@ -119,7 +119,6 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.slow
 def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     """Iteration 2 raises inside the reward; the same command again ends with the uninterrupted run's parameters and log."""
     out, metrics = finished
@@ -152,7 +151,6 @@ def test_a_run_that_breaks_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     assert [row["iteration"] for row in rows if row["phase"] == "finetune"] == [0, 1, 2, 3]
 
 
-@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_works(finished, tmp_path):
     out, _ = finished
     run = tmp_path / "run"
@@ -277,6 +275,9 @@ def test_a_bad_reward_ends_the_run_with_one_error_and_keeps_what_there_was(tmp_p
     config = settings(tmp_path / "run", kl_weight=1.0)
     with pytest.raises(RewardError, match="returned nan for sample 0"):
         digits.run(config, reward=lambda x: np.full(len(x), np.nan))
+    assert not (tmp_path / "run").exists()  # it was tried on two images before anything began
+    with pytest.raises(RewardError, match="returned nan for sample 0"):
+        digits.run(config, reward=lambda x: np.full(len(x), np.nan if len(x) > 2 else 0.0))
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert (tmp_path / "run" / "reference" / "model.json").exists()  # pre-training is not lost
 

@@ -63,9 +63,9 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The folder of a run after SIGKILL in a rollout, in an update and while a checkpoint was written."""
+    """The folder of a run after SIGKILL in an update and while a checkpoint was written."""
     out = tmp_path_factory.mktemp("interrupted") / "run"
-    for point in ("rollout", "update", "checkpoint"):
+    for point in ("update", "checkpoint"):
         assert killed(out, point) == (-signal.SIGKILL, ANY)
     return out
 

@@ -23,6 +23,7 @@ from ctrl_diffusion.stable_diffusion import (
     read_config,
     read_noising,
 )
+from ctrl_diffusion.stable_diffusion.noising import OTHER_SAMPLERS, noising_values
 
 SD15_UNET = """{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
   "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": false, "cross_attention_dim": 768,
@@ -103,11 +104,29 @@ def test_refused_descriptions(cls, values, message, tmp_path):
         read_config(cls, tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_no_json_object(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "it must hold a JSON object"),
+        ('{"layers_per_block": 2, "layers_per_block": 1}', "layers_per_block is there twice, as 2 and as 1: leave one"),
+        ('{"norm_eps": NaN}', "norm_eps=nan is not supported: it must be a finite float"),
+    ],
+)
+def test_no_json_object(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json: "):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
         read_config(UNetConfig, tmp_path / "config.json")
+
+
+def test_files_as_people_have_them(tmp_path):
+    """With a byte-order mark, an entry repeated with its own value, and what diffusers adds to an average of parameters."""
+    ema = dict(
+        decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=5, power=0.7, update_after_step=0, use_ema_warmup=True
+    )
+    text = json.dumps(json.loads(SD15_UNET) | ema)
+    (tmp_path / "config.json").write_text(text[:-1] + ', "layers_per_block": 2}', encoding="utf-8-sig")
+    assert read_config(UNetConfig, tmp_path / "config.json") == UNetConfig()
 
 
 # --- noise
@@ -161,7 +180,14 @@ def test_betas():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"_class_name": "EulerDiscreteScheduler"}, "_class_name has 'EulerDiscreteScheduler', which is not supported"),
+        ({"_class_name": "EDMEulerScheduler"}, "_class_name has 'EDMEulerScheduler', which is not supported"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True is not supported"),
+        ({"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not"),
+        ({"beta_start": -0.00085}, "beta_start=-0.00085 must be between 0 and 1"),
+        ({"beta_end": 1.0}, "beta_end=1.0 must be between 0 and 1"),
+        ({"beta_end": float("inf")}, "beta_end=inf is not supported: it must be a finite float"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be at least 2"),
+        ({"steps_offset": -1}, "steps_offset=-1 must be at least 0"),
         ({"_class_name": None}, "_class_name has 'None', which is not supported: it must be 'DDIMScheduler' or"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule has 'sigmoid', which is not supported"),
         ({"prediction_type": "flow"}, "prediction_type has 'flow', which is not supported"),
@@ -182,3 +208,28 @@ def test_absent_entries_depend_on_the_class():
     assert not parse_noising({"_class_name": "PNDMScheduler"}).set_alpha_to_one
     with pytest.raises(ValueError, match="clip_sample=True is not supported"):
         parse_noising({"_class_name": "DDIMScheduler"})
+
+
+@pytest.mark.parametrize("name", OTHER_SAMPLERS)
+def test_the_noise_of_other_samplers(name, tmp_path):
+    """What diffusers itself makes of the folder of Stable Diffusion 1.5, and of a file with nothing in it but a name."""
+    diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install 'ctrl-diffusion[torch]'")
+    cls = getattr(diffusers, name)
+    for values in (SD15_NOISE, {}):
+        scheduler = cls.from_config({key: v for key, v in values.items() if key != "_class_name"})
+        scheduler.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match=f"scheduler_config.json: {name} is a sampler. Its noise is taken"):
+            noising = read_noising(tmp_path / "scheduler_config.json")
+        np.testing.assert_allclose(noising.betas, scheduler.betas.numpy(), rtol=1e-6)
+        spacing = getattr(scheduler.config, "timestep_spacing", "linspace")
+        assert (noising.timestep_spacing, noising.steps_offset) == (spacing, scheduler.config.get("steps_offset", 0))
+        assert noising.set_alpha_to_one == (name != "LCMScheduler" or not values)  # as in SD15_NOISE
+    absent = parse_noising({"_class_name": name})
+    assert absent == noising  # what diffusers leaves out means the same here
+    assert parse_noising(noising_values(absent)) == absent
+
+
+def test_the_end_that_a_sampler_names():
+    dpm = {"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min", "lambda_min_clipped": -float("inf")}
+    assert not parse_noising(SD15_NOISE | dpm).set_alpha_to_one
+    assert parse_noising(SD15_NOISE | dpm | {"final_sigmas_type": "zero"}).set_alpha_to_one

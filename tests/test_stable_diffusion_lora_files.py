@@ -252,7 +252,7 @@ FILES = {
         with_tensor("text_encoder.q_proj.lora_A.weight", lambda _: np.ones(2)),
         "tensor 'text_encoder.*' has no counterpart",
     ),
-    "alpha": (with_tensor(f"{LAYER}.alpha", lambda _: np.ones(1)), f"'{LAYER}.alpha' is not part of a UNet's LoRA"),
+    "bias": (with_tensor(f"{LAYER}.bias", lambda _: np.ones(1)), f"'{LAYER}.bias' is not part of a UNet's LoRA"),
     "no such layer": (
         renamed("mid_block", "middle"),
         "for middle.attentions.0.*, no dense layer or 1x1 convolution of the UNet",

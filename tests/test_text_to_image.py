@@ -50,7 +50,9 @@ OWN = SMALL | dict(
 
 def pale(images, prompts):
     """A reward of one's own; it fails where the environment says so."""
-    if os.environ.get("FAIL_FROM_NOW_ON") == "1" and len(CALLS) >= 1:  # after the first iteration
+    if (
+        os.environ.get("FAIL_FROM_NOW_ON") == "1" and len(CALLS) >= 2
+    ):  # after the two samples that a reward is tried on, and the first iteration
         raise RuntimeError("the judge is out")
     CALLS.append(prompts)
     assert images.shape[1:] == (32, 32, 3) and all(isinstance(prompt, str) for prompt in prompts)

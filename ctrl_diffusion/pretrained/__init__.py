@@ -24,6 +24,7 @@ from .clip_config import (
 )
 from .clip_text import CLIPText as CLIPText, TextFeatures as TextFeatures
 from .config import parse_config as parse_config, read_config as read_config
+from .hub import find_folder as find_folder
 from .layers import Layers as Layers
 from .names import Names as Names
 from .network_folder import KINDS as KINDS, Kind as Kind, read_network as read_network, write_network as write_network

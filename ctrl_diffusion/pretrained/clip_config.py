@@ -1,12 +1,11 @@
 """Descriptions of CLIP, from transformers' `config.json` or for one of the two CLIPs of reward models."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .config import Fixed, check_supported, parse_config
+from .config import Fixed, check_supported, parse_config, read_json
 
 # What transformers of some age wrote into every description, of generation and bookkeeping: nothing that a tower computes with.
 BOOKKEEPING = (
@@ -140,10 +139,8 @@ VIT_H_14 = CLIPConfig(
 
 def read_clip_config(path: Path) -> CLIPConfig:
     """Read the description in the `config.json` of a `CLIPModel`. Errors name the file, the entry, its value and the supported values."""
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it must hold a JSON object.")
         return parse_clip_config(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -6,6 +6,7 @@ a missing entry. `ignored` lists entries without effect. Any other entry is refu
 
 import dataclasses
 import json
+import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,35 @@ Fixed = Mapping[str, tuple[Any, ...]]
 
 def read_config(cls: type[Config], path: Path) -> Config:
     """Read the description in a `config.json`. Errors name the file, the entry, its value and the supported values."""
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it must hold a JSON object.")
         return parse_config(cls, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, with or without a byte-order mark. `ValueError` names the file, and an entry that is there twice."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object in a JSON text. An entry that is there twice, with two values, is refused."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        for name, value in pairs:
+            if repr(values[name]) != repr(value):  # a NaN is not equal to itself
+                raise ValueError(f"{name} is there twice, as {value!r} and as {values[name]!r}: leave one of them.")
+        return values
+
+    values = json.loads(text, object_pairs_hook=once)
+    if not isinstance(values, dict):
+        raise ValueError("it must hold a JSON object.")
+    return values
 
 
 def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -78,6 +101,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _spell(annotation: Any) -> str:
+    if annotation is float:
+        return "a finite float"
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
@@ -92,5 +117,5 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is None or annotation is type(None):
         return value is None
     if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))

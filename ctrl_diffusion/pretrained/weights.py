@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from .config import read_json
 from .names import Names, from_file, shape_in_file, to_file
 from .stored import Stored
 
@@ -49,7 +50,7 @@ def find_files(folder: Path, stem: str) -> list[Path]:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return dict(read_json(index)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: it needs a JSON object with a weight_map.") from error
 
@@ -170,14 +171,14 @@ def filled(
 
     def parameter(name, path, variable):
         array = np.ascontiguousarray(from_file(path, found[name].read()).astype(variable.dtype, copy=False))
-        _check_finite(found[name], array)
+        check_finite(found[name], array)
         return variable.replace(jax.device_put(array, place(".".join(map(str, path)), array.shape)))
 
     flat = [(path, parameter(name, path, variable)) for name, (path, variable) in wanted.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _check_finite(stored: Stored, array: np.ndarray) -> None:
+def check_finite(stored: Stored, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         raise ValueError(
             f"{stored.file}: tensor {stored.name!r} holds {np.count_nonzero(~np.isfinite(array))} numbers that are not finite as "

@@ -21,6 +21,7 @@ from .devices import (
 from .directory import RunDirectory as RunDirectory
 from .evaluation import Evaluator as Evaluator, Samples as Samples, evaluate as evaluate
 from .finetuning import Progress as Progress, finetune as finetune
+from .identity import folder_digest as folder_digest, source_digest as source_digest
 from .loggers import Logger as Logger, TensorBoard as TensorBoard, WeightsAndBiases as WeightsAndBiases
 from .pretraining import pretrain as pretrain
 from .progress import ProgressBar as ProgressBar

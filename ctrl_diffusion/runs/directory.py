@@ -26,6 +26,8 @@ class RunDirectory:
         path: the folder; it is made if it is missing.
         settings: what identifies the run, values that JSON can hold. A folder with a run of other settings is refused, unless nothing but
             its settings was written yet.
+        about: other settings, which are written beside them and do not identify the run.
+        evaluation: settings of the evaluation. They do not identify the run either; a finished run is evaluated again if they are others.
         iterations: how many the run is to have. A finished run of fewer iterations, by its metrics, goes on to that number; `None`: a
             finished run stays as it is.
         use_previous_checkpoint: delete a checkpoint that cannot be read, and resume from the one before.
@@ -41,18 +43,22 @@ class RunDirectory:
         path: str | os.PathLike,
         settings: Mapping[str, Any] | None = None,
         *,
+        about: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
         iterations: int | None = None,
         use_previous_checkpoint: bool = False,
         loggers: Sequence[Logger] | None = None,
     ):
         self.path, self._use_previous = local(path), use_previous_checkpoint
-        settings = dict(settings or {})
-        self._check(settings)
+        settings, rest = dict(settings or {}), {**(about or {}), **(evaluation or {})}
+        found = self._check(settings, set(rest))
         wait_for_all("settings are checked")
+        settings |= rest
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
             self._extend(iterations)
+            self._evaluate_again(found, dict(evaluation or {}))
         wait_for_all("settings are written")
         self._loggers: tuple[Logger, ...] = ()
         if is_first() and self.metrics is None:
@@ -72,23 +78,33 @@ class RunDirectory:
             print(f"{self.path} holds {done} iterations of this run: going on to {iterations}.")
             (self.path / "metrics.json").unlink()
 
+    def _evaluate_again(self, found: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+        """Take the mark off a finished run that was evaluated with other settings."""
+        wanted = json.loads(json.dumps(evaluation))
+        others = [name for name in wanted if name in found and found[name] != wanted[name]]
+        if others and self.metrics is not None:
+            changes = ", ".join(f"{name}: {found[name]!r} there, {wanted[name]!r} now" for name in others)
+            print(f"{self.path} holds this run, evaluated otherwise ({changes}): evaluating it again.")
+            (self.path / "metrics.json").unlink()
+
     def _has_begun(self) -> bool:
         """Whether anything but settings and the files of loggers was written."""
         return any(entry.name not in ("config.json", "tensorboard") for entry in self.path.iterdir())
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def _check(self, settings: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
+        """All settings that are there, if any. `ValueError` if they, without `others`, are those of another run."""
         file = self.path / "config.json"
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: choose a folder.")
         if not file.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and holds no run: choose another folder.")
-            return
+            return {}
         found = json.loads(file.read_text())
         wanted = json.loads(json.dumps(settings))
         differences = [
             f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-            for name in sorted(set(found) | set(wanted))
+            for name in sorted((set(found) | set(wanted)) - others)
             if found.get(name) != wanted.get(name)
         ]
         if differences and self._has_begun():
@@ -96,6 +112,7 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): choose another folder, or use "
                 "the same settings to resume it."
             )
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,6 +18,8 @@ from ..process import Cond, DiffusionProcess
 from ..rewards import Reward, compute_rewards
 from ..sampler import Sampler, path_actions, step_kl
 from ..solvers import sample_keys
+from .devices import exists_for_all, is_first
+from .files import write_arrays
 from .progress import ProgressBar
 
 
@@ -71,9 +74,21 @@ class Evaluator:
 
         self._plain, self._with_kl = partial(plain, fixed), partial(with_kl, fixed)
 
-    def reference_samples(self, key: jax.Array, n: int, cond: Cond = None) -> Samples:
-        """`n` samples of the reference. Their path KL is zero and not computed."""
-        return self._collect(lambda *rows: (self._plain(self.reference, *rows), None), key, n, cond, "reference")
+    def reference_samples(self, key: jax.Array, n: int, cond: Cond = None, file: Path | None = None) -> Samples:
+        """`n` samples of the reference. Their path KL is zero and not computed.
+
+        With a `file` (`.npz`, in a folder that all processes see) they are written there, and read from it by later calls: a run that is
+        resumed asks a slow or paid reward nothing twice. Another number of samples is drawn anew.
+        """
+        if file is not None and exists_for_all(file):
+            with np.load(file) as arrays:
+                if len(arrays["x"]) == n:
+                    return Samples(arrays["x"], arrays["rewards"], None)
+        found = self._collect(lambda *rows: (self._plain(self.reference, *rows), None), key, n, cond, "reference")
+        if file is not None and is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_arrays(file, {"x": found.x, "rewards": found.rewards})
+        return found
 
     def samples(self, params: Any, key: jax.Array, n: int, cond: Cond = None, label: str = "evaluation") -> Samples:
         """`n` samples of the policy `params` under conditions `[n, ...]`. Sample `i` does not depend on `n`."""

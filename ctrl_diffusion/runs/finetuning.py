@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..algorithms import Algorithm, Info, State
 from ..parallel import whole
-from ..rewards import RewardError
+from ..rewards import Reward, RewardError, gradient_fault
 from .directory import RunDirectory
 from .progress import ProgressBar
 
@@ -86,7 +87,7 @@ def finetune(
                 checkpoints.close()
                 kept = "The state before this iteration is kept: run the same program again to go on from there."
                 raise RewardError(f"iteration {done}: {error}. {kept}") from error
-            row = _row(info, done)
+            row = _row(info, done, algorithm.recipe.objective.reward)
             seconds += time.perf_counter() - begin
             if kl_budget is not None and row["path_kl"] > kl_budget:
                 stop = "kl budget"
@@ -108,7 +109,7 @@ def _some(numbers: np.ndarray) -> str:
     return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more are" if len(numbers) > 5 else " are")
 
 
-def _row(info: Info, iteration: int) -> dict[str, Any]:
+def _row(info: Info, iteration: int, reward: Reward) -> dict[str, Any]:
     """Metrics as floats; `FloatingPointError` if a loss or gradient is not finite."""
     row = {name: float(v) for name, v in jax.device_get(info.metrics).items()}
     bad = [name for name in ("policy_loss", "value_loss", "gradient_norm") if not np.isfinite(row.get(name, 0.0))]
@@ -116,8 +117,9 @@ def _row(info: Info, iteration: int) -> dict[str, Any]:
         x = whole(info.samples)
         lost = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
         samples = f"the final states of samples {_some(lost)}" if len(lost) else "no final state is"
+        fault = None if len(lost) else gradient_fault(reward, jnp.asarray(x), jax.tree.map(jnp.asarray, whole(info.cond)))
         raise FloatingPointError(
             f"{bad[0]} is {row[bad[0]]} in iteration {iteration} ({samples} not finite): the last checkpoint is kept. "
-            "Lower the learning rates or the clip."
+            + ("Lower the learning rates." if fault is None else f"The cause: {fault}.")
         )
     return row

@@ -19,6 +19,7 @@ from ..pretrained import (
     VAEConfig as VAEConfig,
     abstract_network as abstract_network,
     chunked_attention as chunked_attention,
+    find_folder as find_folder,
     flash_attention as flash_attention,
     head_by_head as head_by_head,
     load_tokenizer as load_tokenizer,

@@ -55,7 +55,11 @@ class UNetConfig:
         "mid_block_only_cross_attention": (None, False),
         "num_attention_heads": (None,),
     }
-    ignored: ClassVar[tuple[str, ...]] = ("addition_embed_type_num_heads",)  # of an addition that is refused
+    ignored: ClassVar[tuple[str, ...]] = (
+        "addition_embed_type_num_heads",  # of an addition that is refused
+        # what diffusers' EMAModel adds when it saves an average of parameters
+        *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
+    )
 
     @property
     def heads(self) -> tuple[int, ...]:

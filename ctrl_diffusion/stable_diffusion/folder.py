@@ -13,6 +13,7 @@ from ..folders import StrPath, replaced
 from ..pretrained.attention import AttentionFn
 from ..pretrained.clip_config import CLIPTextConfig
 from ..pretrained.clip_text import CLIPText
+from ..pretrained.hub import find_folder
 from ..pretrained.network_folder import (
     KINDS as SHARED,
     Kind,
@@ -91,10 +92,12 @@ def load_folder(
 ) -> StableDiffusion:
     """Load all parts of a model. Arguments are those of `load_network`; names that `sharding` gets begin with the subfolder.
 
+    `folder` may also be a hub id, `owner/name`, of a model in the hub's cache on this disk.
+
     It reads the layout that diffusers writes today and that of the original repositories of Stable Diffusion 1.x. Other files of the
     folder (safety checker, feature extractor, pickled and half-precision variants) are ignored.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     for part in StableDiffusion._fields:
         if not (folder / SUBFOLDERS[part]).is_dir():
             raise FileNotFoundError(f"{folder} holds no {SUBFOLDERS[part]}/: it is not a folder of Stable Diffusion.")

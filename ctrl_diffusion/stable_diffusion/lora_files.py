@@ -1,4 +1,4 @@
-"""Reads and writes LoRA in the files of diffusers and of peft.
+"""Reads and writes LoRA in the files of diffusers and of peft, and reads those of kohya's scripts and of ComfyUI (`kohya.py`).
 
 | | diffusers | peft |
 |---|---|---|
@@ -23,9 +23,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..folders import StrPath, replaced
+from ..pretrained.config import parse_json
 from ..pretrained.names import Names
 from ..pretrained.stored import Stored
-from ..pretrained.weights import read_headers
+from ..pretrained.weights import check_finite, read_headers
+from .kohya import from_kohya
 from .lora import LoRA, lora_layers, matches, pointwise_layers, put, some_lora
 from .unet import UNet
 
@@ -123,23 +125,21 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def load_lora(network: UNet, folder: StrPath) -> None:
+def load_lora(network: UNet, path: StrPath) -> None:
     """Read LoRA into a UNet, in place. The files determine layers, ranks and alphas.
 
     If the UNet has LoRA already, it is replaced and must have the same layers. Everything is checked before the UNet is changed.
 
     Args:
         network: the UNet.
-        folder: a folder in either format. All tensors must belong to the UNet.
+        path: a folder in the format of diffusers or of peft, or a safetensors file of any name in the format of diffusers, of kohya's
+            scripts or of ComfyUI. All tensors must belong to the UNet.
     """
-    folder = Path(folder)
-    present = [stem for stem in STEMS.values() if (folder / f"{stem}.safetensors").is_file()]
-    if len(present) != 1:
-        files = " or ".join(f"{stem}.safetensors" for stem in STEMS.values())
-        raise FileNotFoundError(f"{folder} holds {'both' if present else 'neither'}: it needs {files}, and not two of them.")
-    file = folder / f"{present[0]}.safetensors"
-    found = _pairs(file, read_headers(folder, present[0], SPELLINGS))
+    file = _find(Path(path))
     layers, before = pointwise_layers(network), lora_layers(network)
+    tensors = read_headers(file.parent, file.stem, SPELLINGS)
+    tensors, given = from_kohya(tensors, layers, network.config.layers_per_block)
+    found = _pairs(file, tensors)
     for name, pair in found.items():
         if name not in layers:
             raise ValueError(f"{file}: tensor {pair.down.name!r} is for {name}, no dense layer or 1x1 convolution of the UNet.")
@@ -150,18 +150,38 @@ def load_lora(network: UNet, folder: StrPath) -> None:
             "or read into a UNet without."
         )
     where, description = _read_description(file)
-    alphas = {name: float(pair.rank) for name, pair in found.items()}
+    alphas = {name: given.get(name, float(pair.rank)) for name, pair in found.items()}
     if description is not None:
         _check_description(where, description, set(layers), found)
         alphas = {name: _alpha(description, name, pair.rank) for name, pair in found.items()}
 
     def read(stored: Stored):
         array = stored.read()
-        return jnp.asarray(array.reshape(array.shape[:2]).T.astype(np.float32))
+        array = array.reshape(array.shape[:2]).T.astype(np.float32)
+        check_finite(stored, array)
+        return jnp.asarray(array)
 
     new = {name: LoRA(layers[name][1], read(pair.down), read(pair.up), alphas[name]) for name, pair in found.items()}
+    if not any(jnp.any(lora.up[...]) for lora in new.values()):
+        raise ValueError(f"{file} changes nothing: all its `up` are zero, as before training. Take the file of a later step.")
     for name, lora in new.items():
         put(network, layers[name][0], lora)
+
+
+def _find(path: Path) -> Path:
+    """The safetensors file of a folder, or the file itself."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file: convert it first (pickled files are not read).")
+        return path
+    present = [stem for stem in STEMS.values() if (path / f"{stem}.safetensors").is_file()]
+    if len(present) != 1:
+        files = " or ".join(f"{stem}.safetensors" for stem in STEMS.values())
+        raise FileNotFoundError(
+            f"{path} holds {'both' if present else 'neither'}: it needs {files}, and not two of them. A file of another name is given "
+            "by its own path."
+        )
+    return path / f"{present[0]}.safetensors"
 
 
 def _pairs(file: Path, tensors: Mapping[str, Stored]) -> dict[str, Found]:
@@ -212,9 +232,9 @@ def _read_description(file: Path) -> tuple[str, dict[str, Any] | None]:
     if not text:
         return where, None
     try:
-        values = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} is not a JSON object.") from error
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not a JSON object: {error}") from error
     return where, {name.removeprefix("unet."): value for name, value in values.items()}
 
 
@@ -232,6 +252,7 @@ def _check_description(where: str, values: Mapping[str, Any], layers: set[str], 
     for name in ("r", "lora_alpha"):
         if not isinstance(values.get(name), int | float):
             raise ValueError(f"{where}: {name}={values.get(name)!r} must be a number.")
+    _check_patterns(where, values)
     for name, pair in found.items():
         rank = _of(values, "rank_pattern", "r", name)
         if rank != pair.rank:
@@ -240,6 +261,18 @@ def _check_description(where: str, values: Mapping[str, Any], layers: set[str], 
     expected -= {name for name in layers if _selected(values.get("exclude_modules"), name)}
     for name in sorted(expected - set(found)) if values.get("target_modules") else ():
         raise ValueError(f"{next(iter(found.values())).down.file}: the tensors of {name} are missing, which {where} targets.")
+
+
+def _check_patterns(where: str, values: Mapping[str, Any]) -> None:
+    """`ValueError` for the first pattern that is no regular expression."""
+    lists = {name: list(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    texts = {name: [values[name]] for name in ("target_modules", "exclude_modules") if isinstance(values.get(name), str)}
+    for name, patterns in (lists | texts).items():
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{where}: {name} has {pattern!r}, which is no regular expression: {error}.") from error
 
 
 def _selected(targets: Any, name: str) -> bool:

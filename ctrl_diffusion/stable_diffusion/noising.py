@@ -1,7 +1,7 @@
 """The noising that a model was trained with, read from `scheduler_config.json`, as a schedule and time grids of this library."""
 
 import dataclasses
-import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..predictions import EPSILON, X0, Prediction, V
-from ..pretrained.config import Fixed, check_supported, parse_config
+from ..pretrained.config import Fixed, check_supported, parse_config, read_json
 from ..process import DiffusionProcess
 from ..schedules import VPTable
 from ..solvers import from_timesteps, leading, linspaced, trailing
@@ -20,6 +20,34 @@ PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "sample": X0}
 # what an absent set_alpha_to_one means
 ENDS_AT_DATA = {"DDIMScheduler": True, "DDPMScheduler": True, "PNDMScheduler": False}
 MAX_BETA = 0.999  # where the cosine table is cut
+SD15_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+# other samplers of the same noise: what their absent entries mean, where that is not what it means here
+OTHER_SAMPLERS: dict[str, dict[str, Any]] = {
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "HeunDiscreteScheduler": SD15_BETAS,
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "DEISMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "LCMScheduler": SD15_BETAS | {"beta_schedule": "scaled_linear", "timestep_spacing": "leading"},
+}
+# entries of theirs that say how they step, which a solver of this library does instead
+STEPPING = {
+    *(
+        "algorithm_type",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "flow_shift",
+        "interpolation_type",
+    ),
+    *("lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0", "sample_max_value", "sigma_max"),
+    *("sigma_min", "shift_terminal", "solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling"),
+    *("timestep_type", "use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas"),
+    *("use_lu_lambdas", "variance_type", "clip_sample_range", "final_sigmas_type"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +82,7 @@ class Noising:
         "clip_sample": (False,),
         "thresholding": (False,),
         "rescale_betas_zero_snr": (False,),
+        "use_flow_sigmas": (False,),
     }
     ignored: ClassVar[tuple[str, ...]] = (
         *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),  # of clipping, which is refused
@@ -65,6 +94,12 @@ class Noising:
         check_supported("beta_schedule", {self.beta_schedule}, set(TABLES))
         check_supported("prediction_type", {self.prediction_type}, set(PREDICTIONS))
         check_supported("timestep_spacing", {self.timestep_spacing}, {"leading", "trailing", "linspace"})
+        for name in ("beta_start", "beta_end"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1: it is the variance that a step adds.")
+        for name, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
     @property
     def betas(self) -> np.ndarray:
@@ -134,20 +169,36 @@ TABLES = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2
 
 
 def read_noising(path: Path) -> Noising:
-    """Read the noising in a `scheduler_config.json`."""
+    """Read the noising in a `scheduler_config.json`. A file of another sampler of the same noise is read with a warning."""
+    values = read_json(path)
     try:
-        return parse_noising(json.loads(path.read_text(encoding="utf-8")))
+        noising = parse_noising(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if (name := values.get("_class_name")) in OTHER_SAMPLERS:
+        warnings.warn(
+            f"{path}: {name} is a sampler. Its noise is taken ({noising.beta_schedule} betas from {noising.beta_start:g} to "
+            f"{noising.beta_end:g}, prediction {noising.prediction_type}, {noising.timestep_spacing} timesteps, the end at "
+            f"{'zero noise' if noising.set_alpha_to_one else 'the least noise of the table'}); how it steps is not: choose a solver.",
+            stacklevel=2,
+        )
+    return noising
 
 
 def parse_noising(values: Mapping[str, Any]) -> Noising:
-    """Read a noising from a dictionary; see `read_noising`."""
-    name = values.get("_class_name")
-    check_supported("_class_name", {str(name)}, set(ENDS_AT_DATA))
-    absent = {"set_alpha_to_one": ENDS_AT_DATA[str(name)], "clip_sample": name != "PNDMScheduler"}
-    values = absent | {key: value for key, value in values.items() if not key.startswith("_")}
-    return parse_config(Noising, values | {"scheduler": name})
+    """Read a noising from a dictionary; see `read_noising`. That of another sampler is written as a `DDIMScheduler`'s."""
+    name = str(values.get("_class_name"))
+    check_supported("_class_name", {name}, {*ENDS_AT_DATA, *OTHER_SAMPLERS})
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    if name in OTHER_SAMPLERS:
+        ends = given.get("final_sigmas_type", "zero") == "zero"
+        if name == "LCMScheduler":  # of the others the entry says nothing
+            ends = given.get("set_alpha_to_one", True)
+        absent = {"timestep_spacing": "linspace"} | OTHER_SAMPLERS[name]
+        kept = {key: value for key, value in given.items() if key not in STEPPING}
+        return parse_config(Noising, absent | kept | {"scheduler": "DDIMScheduler", "set_alpha_to_one": ends})
+    absent = {"set_alpha_to_one": ENDS_AT_DATA[name], "clip_sample": name != "PNDMScheduler"}
+    return parse_config(Noising, absent | given | {"scheduler": name})
 
 
 def noising_values(noising: Noising) -> dict[str, Any]:

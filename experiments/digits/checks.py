@@ -1,18 +1,20 @@
 """What `experiments.digits` refuses before anything is written, and what identifies a run."""
 
 import dataclasses
+import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ctrl_diffusion.rewards import as_reward
+from ctrl_diffusion.runs import source_digest
 
 from .. import data as datasets
 from ..algorithm_registry import choose
 from ..commandline import require_learning_rates
 from ..reward_registry import OF_DIGITS
-from .config import NOT_IDENTIFYING, Config
+from .config import ABOUT, EVALUATION, Config
 
 
 def check(config: Config, reward, images: datasets.Images) -> float:
@@ -52,14 +54,24 @@ def check(config: Config, reward, images: datasets.Images) -> float:
     return config.kl_weight
 
 
-def identifying(config: Config, kl_weight: float, reward, data, network) -> dict[str, Any]:
-    """What identifies a run, as JSON."""
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in NOT_IDENTIFYING} | {
-        "kl_weight": kl_weight
-    }
+class Described(NamedTuple):
+    """Settings as JSON: those that identify a run, those that do not, and those of its evaluation."""
+
+    identity: dict[str, Any]
+    about: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def described(config: Config, kl_weight: float, reward, data, network) -> Described:
+    """The settings of a run. A reward of one's own is told from others by name and source."""
+    found = {name: v for name, v in dataclasses.asdict(config).items() if name != "out"} | {"kl_weight": kl_weight}
     if reward is not None:
-        settings["reward"] = f"custom: {as_reward(reward).name}"
+        found["reward"] = f"custom: {as_reward(reward).name}"
+        found["reward_source"] = source_digest(reward)
     if data is not None:
-        settings["data"] = f"custom: {np.shape(data)}"
-    settings["network"] = type(network).__name__
-    return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in settings.items()}
+        found["data"] = f"custom: {np.shape(data)}"
+        found["data_digest"] = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
+    found["network"] = type(network).__name__
+    found = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
+    about, evaluation = ({name: found.pop(name) for name in names} for names in (ABOUT, EVALUATION))
+    return Described(found, about, evaluation)

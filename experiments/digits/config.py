@@ -96,8 +96,8 @@ class Config:
     """Devices that share the run."""
 
 
-NOT_IDENTIFYING = (
-    *("out", "devices", "use_previous_checkpoint", "wandb"),
-    *("iterations", "accumulation", "evaluate_every", "checkpoint_every"),
-)
-"""Settings that do not make a run another one: where and how it is computed, and how far it goes."""
+ABOUT = ("devices", "use_previous_checkpoint", "wandb", "iterations", "accumulation", "evaluate_every", "checkpoint_every")
+"""Settings that do not make a run another one: how it is computed, and how far it goes."""
+
+EVALUATION = ("reference_samples", "evaluation_samples")
+"""Settings of the evaluation: a finished run is evaluated again with others."""

@@ -18,7 +18,7 @@ import ctrl_diffusion as cd
 from ctrl_diffusion.algorithms import AdaptiveKL, State
 from ctrl_diffusion.optimum import Optimum, mean_and_error
 from ctrl_diffusion.parallel import ONE_DEVICE, Layout, whole
-from ctrl_diffusion.rewards import as_reward
+from ctrl_diffusion.rewards import as_reward, try_reward
 from ctrl_diffusion.runs import (
     Evaluator,
     Progress,
@@ -38,7 +38,7 @@ from .. import data as datasets
 from ..algorithm_registry import AlgorithmSettings, choose, make_algorithm, require_gradient, value_for
 from ..classifier import LogProbabilities, train_classifier
 from ..reward_registry import OF_DIGITS, RewardSettings
-from .checks import check, identifying
+from .checks import Described, check, described
 from .config import Config as Config
 from .report import write_report
 
@@ -68,8 +68,10 @@ def run(
     has_gradient = (OF_DIGITS[config.reward] if reward is None else as_reward(reward)).differentiable
     stand_in = cd.rewards.Reward(config.reward, len, has_gradient)
     _algorithm(config, model.sampler, stand_in, kl_weight, layout)  # refuses what does not fit
+    if reward is not None:
+        try_reward(as_reward(reward), jnp.asarray(images.x[:2]))
 
-    directory = _directory(config, identifying(config, kl_weight, reward, data, model.network))
+    directory = _directory(config, described(config, kl_weight, reward, data, model.network))
     if (finished := directory.finished("report.html", write_report)) is not None:
         return finished
 
@@ -87,7 +89,7 @@ def run(
     print(f"[2/4] the optimum, from {config.reference_samples} reference samples")
     scales, chunk = model.sampler.chain_scales() if config.eta > 0 else None, min(1024, config.evaluation_samples // 4)
     evaluator = Evaluator(model.sampler, chosen, model.params, scales, chunk, layout)
-    reference = evaluator.reference_samples(keys["reference"], config.reference_samples)
+    reference = evaluator.reference_samples(keys["reference"], config.reference_samples, file=config.out / "reference.npz")
     reference_reward = mean_and_error(reference.rewards)
     optimum_at = partial(_optimum, reference, model.process)
     optimum_at(kl_weight, warn=True)
@@ -143,11 +145,13 @@ def run(
     return metrics
 
 
-def _directory(config: Config, settings: dict[str, Any]) -> RunDirectory:
+def _directory(config: Config, settings: Described) -> RunDirectory:
     """The folder of the run."""
     loggers = [TensorBoard(), *([] if config.wandb is None else [WeightsAndBiases(config.wandb)])]
-    previous = config.use_previous_checkpoint
-    return RunDirectory(config.out, settings, iterations=config.iterations, use_previous_checkpoint=previous, loggers=loggers)
+    return RunDirectory(
+        config.out, settings.identity, about=settings.about, evaluation=settings.evaluation, iterations=config.iterations,
+        use_previous_checkpoint=config.use_previous_checkpoint, loggers=loggers,
+    )  # fmt: skip
 
 
 def _model(config: Config, network: nnx.Module | None, shape: tuple[int, ...]) -> cd.DiffusionModel:

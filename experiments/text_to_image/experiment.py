@@ -11,22 +11,48 @@ import jax.numpy as jnp
 import numpy as np
 
 import ctrl_diffusion as cd
+from ctrl_diffusion import stable_diffusion as sd
 from ctrl_diffusion.algorithms import Info, State
 from ctrl_diffusion.optimum import mean_and_error
 from ctrl_diffusion.parallel import Layout, whole
-from ctrl_diffusion.runs import Evaluator, RunDirectory, Samples, describe, exists_for_all, finetune, is_first
+from ctrl_diffusion.rewards import try_reward
+from ctrl_diffusion.runs import (
+    Evaluator,
+    RunDirectory,
+    Samples,
+    describe,
+    finetune,
+    folder_digest,
+    is_first,
+    source_digest,
+)
 from ctrl_diffusion.runs.files import write_arrays
 
+from ..random_model.config import TINY
+from ..reward_registry import own_function
 from .checks import check, kl_weight_of
 from .config import Config as Config
 from .parts import Parts, load_parts, make_algorithm, make_sampler, rows_of_prompts, save_trained
 from .prompts import digest_of_prompts
 from .report import write_gallery
 
-_NOT_IDENTIFYING = (
-    *("out", "devices", "use_previous_checkpoint", "settings", "iterations", "evaluate_every", "checkpoint_every"),
-    *("accumulation", "rollouts", "remat", "attention", "attention_chunk", "decode_chunk"),
+_ABOUT = (
+    *("devices", "use_previous_checkpoint", "settings", "iterations", "evaluate_every", "checkpoint_every"),
+    *(
+        "accumulation",
+        "rollouts",
+        "remat",
+        "attention",
+        "attention_chunk",
+        "decode_chunk",
+        "model",
+        "prompts",
+        "held_out_prompts",
+    ),
+    "reward_folder",
 )
+"""Settings that do not make a run another one. Of a model, prompts and reward models the content counts, not the place."""
+_EVALUATION = ("evaluation_samples", "evaluation_solvers", "evaluation_steps")
 _STREAMS = ("finetune", "evaluation")
 SHOWN = 32  # images of each kind in the gallery
 LOGGED = 16  # images of each evaluation that loggers get
@@ -45,16 +71,20 @@ def run(config: Config) -> dict[str, Any]:
     begin = time.perf_counter()
     check(config)
     layout = config.devices.start()
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in _NOT_IDENTIFYING}
-    settings["prompts_digest"] = digest_of_prompts(config)
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name != "out"}
+    about, evaluation = ({name: settings.pop(name) for name in names if name in settings} for names in (_ABOUT, _EVALUATION))
     directory = RunDirectory(
-        config.out, _as_json(settings), iterations=config.iterations, use_previous_checkpoint=config.use_previous_checkpoint
-    )
+        config.out, _as_json(settings | _digests(config)), about=_as_json(about), evaluation=_as_json(evaluation),
+        iterations=config.iterations, use_previous_checkpoint=config.use_previous_checkpoint,
+    )  # fmt: skip
     if (finished := directory.finished("gallery.html", write_gallery)) is not None:
         return finished
     print(describe(layout, batch=config.batch, evaluation_samples=config.evaluation_samples))
     parts = load_parts(config, layout)
     sampler = make_sampler(config, parts, steps=config.steps, eta=config.eta)
+    few = 2 if layout.devices == 1 else layout.devices
+    noise, prompt = jax.random.normal(jax.random.key(0), (few, *sampler.shape)), jnp.zeros(few, jnp.int32)
+    try_reward(parts.reward, *layout.put((noise, prompt), layout.batch))
     algorithm, value_params = make_algorithm(config, parts, sampler, layout)
     count, kl_weight = sum(leaf.size for leaf in jax.tree.leaves(parts.params)), kl_weight_of(config)
     print(
@@ -122,6 +152,17 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
+def _digests(config: Config) -> dict[str, str]:
+    """What the settings refer to: prompts, the model, and rewards of one's own or of files."""
+    found = {"prompts_digest": digest_of_prompts(config)}
+    found["model_digest"] = TINY if config.model == TINY else folder_digest(sd.find_folder(config.model))
+    for name in config.reward:
+        files = config.reward_folder / name
+        digest = source_digest(own_function(name)) if ":" in name else folder_digest(files) if files.is_dir() else None
+        found |= {} if digest is None else {f"{name}_digest": digest}
+    return found
+
+
 def _repeated(parts: Parts) -> str:
     """How many prompts the files repeat, in words."""
     extra = sum(parts.weights) - len(parts.weights)
@@ -141,7 +182,8 @@ class Evaluations:
         first, count = (parts.trained, parts.held_out) if held_out else (0, parts.trained)
         prompt, key = rows_of_prompts(first, min(count, max(1, n // 2)), n), jax.random.fold_in(self.key, int(held_out))
         evaluator = self._evaluator(name, sampler)
-        before = self._before(f"{name}_{'held_out' if held_out else 'training'}", evaluator, key, prompt)
+        file = self.config.out / "before" / f"{name}_{'held_out' if held_out else 'training'}_{n}.npz"
+        before = evaluator.reference_samples(key, n, jnp.asarray(prompt), file)
         return Pair(before, evaluator.samples(params, key, n, jnp.asarray(prompt), label), prompt)
 
     def cells(self, params: Any, own: Pair) -> list[dict[str, Any]]:
@@ -169,17 +211,6 @@ class Evaluations:
             chunk = min(self.config.batch // self.config.rollouts, self.config.evaluation_samples)
             self._evaluators[name] = Evaluator(sampler, self.parts.reward, self.parts.params, scales, chunk, self.layout)
         return self._evaluators[name]
-
-    def _before(self, name: str, evaluator: Evaluator, key: jax.Array, prompt: np.ndarray) -> Samples:
-        file = self.config.out / "before" / f"{name}.npz"
-        if exists_for_all(file):
-            with np.load(file) as arrays:
-                return Samples(arrays["x"], arrays["rewards"], np.zeros(len(prompt), np.float32))
-        found = evaluator.reference_samples(key, len(prompt), jnp.asarray(prompt))
-        if is_first():
-            file.parent.mkdir(exist_ok=True)
-            write_arrays(file, {"x": found.x, "rewards": found.rewards})
-        return found
 
 
 CELL = ("reward", "reward_se", "reward_before", "reward_before_se", "gain", "gain_se")

@@ -58,9 +58,8 @@ class Parts(NamedTuple):
 
 def load_parts(config: Config, layout: Layout) -> Parts:
     """Read the model and the reward, and encode the prompts."""
-    folder = Path(config.model)
+    folder = config.out / TINY if config.model == TINY else sd.find_folder(config.model)
     if config.model == TINY:
-        folder = config.out / TINY
         if is_first() and not folder.is_dir():
             write_random_model(RandomModel(folder, seed=config.seed))
         wait_for_all("the model is written")
