@@ -133,6 +133,11 @@ def test_published_target_without_kl_to_go_has_another_fixed_point():
     assert path_kl[returns] < 0.93 * path_kl[kl_to_go]  # measured: 0.86
 
 
+@pytest.mark.parametrize(("target", "charged"), [(kl_to_go, True), (returns, False)], ids=["kl_to_go", "returns"])
+def test_advantages_charge_the_kl_of_their_interval_if_the_target_does(target, charged):
+    assert make(problem(), lr=0.02, target=target)[1].recipe.estimator.kl_to_go is charged
+
+
 EXPLORATIONS = {
     "brownian": (1.0, cd.exploration.Brownian(), None),
     "brownian-euler": (0.5, cd.exploration.Brownian(), dfx.Euler()),
