@@ -61,6 +61,19 @@ class Brownian(AbstractExploration):
             )
 
 
+class NoExploration(AbstractExploration):
+    """Paths as an ODE makes them, for gradients that go through them (`estimators.Pathwise`). There is no likelihood and no path KL."""
+
+    def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
+        return sampler.trajectory(params, keys, cond)
+
+    def scales(self, sampler: Sampler) -> Float[Array, " n"]:
+        return jnp.zeros(len(sampler.times) - 1, sampler.dtype)
+
+    def kl_scales(self, sampler: Sampler) -> Float[Array, " n"]:
+        return self.scales(sampler)
+
+
 class ActionNoise(AbstractExploration):
     r"""`a(t, x) = a_theta(t, x) + delta_j` on `[t_j, t_{j+1})`, `delta_j ~ N(0, s(t_j)^2 / (t_{j+1} - t_j))`, `s = strength / g`.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from .exploration import AbstractExploration, Brownian, shift
+from .exploration import AbstractExploration, Brownian, NoExploration, shift
 from .process import Cond, Params, State
 from .rewards import Reward, as_reward
 from .rollout import Rollout, Transitions
@@ -50,7 +50,8 @@ class Objective(eqx.Module):
         sampler: process (with its running cost), control, solver and control grid.
         reward: a `Reward`, or any Python function of a numpy batch.
         kl_weight: the temperature lambda, reward units per nat of path KL; at least 0. Algorithms keep it in their state, as an array.
-        exploration: the noise of sampled paths, with its likelihood and its KL (default `Brownian()`).
+        exploration: the noise of sampled paths, with its likelihood and its KL. The default is `Brownian()`; for an ODE without a KL
+            penalty `NoExploration()`, which serves gradients through the sampler alone.
         penalty: a function from the KL of a step to its penalty (default: the KL itself; others are f-divergences *per step*).
         x0_prediction: the estimate of the final state that values are built on (default `posterior_mean`).
         conditions: a function `(key, n) -> arrays [n, ...]` that draws the conditions of an iteration's paths, such as prompts. Control,
@@ -86,7 +87,9 @@ class Objective(eqx.Module):
             )
         self.sampler, self.reward, self.kl_weight = sampler, as_reward(reward), float(kl_weight)
         self.penalised = self.kl_weight > 0
-        self.exploration = Brownian() if exploration is None else exploration
+        if exploration is None:
+            exploration = Brownian() if self.penalised or sampler.is_stochastic else NoExploration()
+        self.exploration = exploration
         self.penalty, self.x0_prediction, self.conditions = penalty, x0_prediction, conditions
         self.scales, self.kl_scales = self.exploration.scales(sampler), self.exploration.kl_scales(sampler)
 

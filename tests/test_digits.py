@@ -256,6 +256,8 @@ BAD = {
     "rate": (dict(learning_rate=-1.0), r"learning_rate=-1.0 must be above 0 and at most 1"),
     "absurd-rate": (dict(value_learning_rate=100.0), r"value_learning_rate=100.0 must be above 0"),
     "eta": (dict(eta=0.0), r"eta=0: Brownian exploration is undefined"),
+    "eta-unpenalised": (dict(eta=0.0, algorithm="ddpo"), r"the sampler is an ODE, whose paths have no likelihood"),
+    "eta-budget": (dict(eta=0.0, kl_budget=1.0), r"kl_budget=1.0: at eta=0 there is no path KL to limit"),
     "eta-sign": (dict(eta=-1.0), r"eta=-1.0 must be at least 0"),
     "digit": (dict(digit=11), r"digit=11 must be from 0 to 9"),
     "steps": (dict(steps=0), r"steps=0 must be at least 1"),

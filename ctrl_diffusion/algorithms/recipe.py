@@ -9,7 +9,7 @@ import numpy as np
 from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls
 from ..estimators.base import require_kl_weight
-from ..exploration import AbstractExploration
+from ..exploration import AbstractExploration, NoExploration
 from ..objective import Objective
 from ..parallel import Layout
 from ..process import Cond
@@ -173,6 +173,11 @@ class Recipe(NamedTuple):
         for name, number in (counts | ({} if training.times is None else {"times.number": training.times.number})).items():
             if number < 1:
                 raise ValueError(f"{name}={number} must be at least 1.")
+        if isinstance(self.objective.exploration, NoExploration) and estimator.needs_noise:
+            raise ValueError(
+                f"the sampler is an ODE, whose paths have no likelihood, and {type(estimator).__name__} needs one: use eta > 0, "
+                "Objective(exploration=ActionNoise(...)), or an algorithm that differentiates through the sampler, such as draft."
+            )
         estimator.check(self.objective, self.critic)
         if self.critic.loss is soft_error and self.learns_value:
             require_kl_weight(self.objective, "the soft error of a value")

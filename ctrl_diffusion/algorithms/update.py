@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from ..critics import soft_error
 from ..estimators import Models
 from ..estimators.base import per_path
+from ..exploration import NoExploration
 from ..gradients import Loss, each_in_parts, mean_over_rows, reduced_once
 from ..parallel import PARAMETERS
 from ..process import Params
@@ -67,11 +68,17 @@ def finish(
 def summarise(
     recipe: Recipe, kl_weight: Any, fresh: Rollout, terms: dict[str, Any]
 ) -> tuple[Any, Float[Array, "b *x"], Metrics]:
-    """The temperature of the next iteration, the final states, and mean reward, path KL and objective of the fresh paths."""
+    """The temperature of the next iteration, the final states, and mean reward, path KL and objective of the fresh paths.
+
+    An ODE that is not explored has no path KL: it is NaN.
+    """
     penalty = jnp.sum(fresh.penalty, axis=0)
     gained = fresh.reward - jnp.sum(recipe.objective.costs(fresh), axis=0)
     paid = kl_weight * penalty if recipe.objective.penalised else 0.0
-    metrics = {"reward": jnp.mean(fresh.reward), "path_kl": jnp.mean(penalty), "objective": jnp.mean(gained - paid)}
+    path_kl = jnp.mean(penalty)
+    if isinstance(recipe.objective.exploration, NoExploration):
+        path_kl = jnp.full_like(path_kl, jnp.nan)
+    metrics = {"reward": jnp.mean(fresh.reward), "path_kl": path_kl, "objective": jnp.mean(gained - paid)}
     metrics |= {f"reward/{name}": jnp.mean(v) for name, v in terms.items()}
     if recipe.training.kl_target is not None:
         metrics["kl_weight"] = kl_weight

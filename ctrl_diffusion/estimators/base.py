@@ -45,6 +45,11 @@ class AbstractEstimator(eqx.Module):
     whole_paths: AbstractVar[bool]
 
     @property
+    def needs_noise(self) -> bool:
+        """Whether the loss is a likelihood of sampled paths, or is regressed on their noise."""
+        return True
+
+    @property
     def is_mean(self) -> bool:
         """Whether the loss is a mean over transitions; else it is a `statistic` of one `residual` per transition."""
         return True

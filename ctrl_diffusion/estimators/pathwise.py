@@ -88,6 +88,10 @@ class Pathwise(AbstractEstimator):
                 f"steps={self.steps} must be at least 0: it is the number of sampler steps to differentiate through."
             )
 
+    @property
+    def needs_noise(self) -> bool:
+        return False
+
     def starts(self, objective: Objective) -> np.ndarray:
         """Without a differentiable reward, only windows that end before `t1`."""
         starts = self.starts_in(objective.intervals)

@@ -32,6 +32,8 @@ def check(config: Config, reward, images: datasets.Images) -> float:
         )
     if config.kl_budget is not None and not config.kl_budget > 0:
         raise ValueError(f"kl_budget={config.kl_budget} must be positive: it is the path KL, in nats, that stops the run.")
+    if config.kl_budget is not None and config.eta == 0 and config.exploration != "action":
+        raise ValueError(f"kl_budget={config.kl_budget}: at eta=0 there is no path KL to limit without --exploration action.")
     for name in ("steps", "pretrain_steps", "pretrain_batch", "width", "depth", "batch", "evaluate_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")

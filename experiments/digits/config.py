@@ -26,7 +26,8 @@ class Config:
     """Weight lambda of the KL penalty (the temperature), reward units per nat of path KL. Default: the reward's own (digit 1, ink 1.5,
     holes 0.25, bytes 1.5); 0 for ddpo, draft, draft_1, alignprop, refl, which are published without a KL penalty."""
     eta: float = 1.0
-    """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action)."""
+    """Noise level of the sampler: 1 is the reverse SDE, 0 the probability-flow ODE (needs --exploration action, or an
+    algorithm that differentiates through the sampler without a KL penalty, such as draft)."""
     steps: int = 24
     """Control intervals between noise and data."""
     exploration: Literal["brownian", "action"] = "brownian"

@@ -226,7 +226,7 @@ def _algorithm(
 ) -> tuple[cd.algorithms.Algorithm, Any]:
     """The algorithm by its name, and initial parameters of its value."""
     require_gradient(config.algorithm, reward)
-    exploration = cd.exploration.Brownian()
+    exploration = None
     if config.exploration == "action":
         strength, substeps = config.exploration_strength, config.exploration_substeps
         exploration = cd.exploration.ActionNoise(0.5 if strength is None else strength, 1 if substeps is None else substeps)
