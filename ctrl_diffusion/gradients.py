@@ -25,7 +25,7 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
     """
     if layout.mesh is None and parts == 1:
         return lambda params, rows: loss(params, rows, given)
-    evaluated = mean_over_rows(jax.value_and_grad(loss, has_aux=True), layout, parts)
+    evaluated = mean_over_batch(jax.value_and_grad(loss, has_aux=True), layout, parts)
 
     @jax.custom_vjp
     def total(params, rows):
@@ -43,7 +43,7 @@ def reduced_once(loss: GivenLoss, given: Any, layout: Layout, parts: int) -> Los
     return total
 
 
-def mean_over_rows(mean: Callable[..., Any], layout: Layout, parts: int) -> Callable[..., Any]:
+def mean_over_batch(mean: Callable[..., Any], layout: Layout, parts: int) -> Callable[..., Any]:
     """`mean(params, rows, given)`, a tree of means over rows, computed in `parts` equal microbatches on the devices of `layout`.
 
     Entries named `max_...` are maxima. If every device has all parameters, each computes its own rows, and the results are reduced over

@@ -15,7 +15,7 @@ ODE, SDE, ADAPTIVE, IMPLICIT = KINDS = ("ODE", "SDE", "adaptive", "implicit")
 Make = Callable[[Any, int], dfx.AbstractSolver]  # make(path, steps)
 
 
-class Case(NamedTuple):
+class SolverCase(NamedTuple):
     """A solver in one of its uses.
 
     Attributes:
@@ -49,11 +49,11 @@ class Case(NamedTuple):
     extra: int = 0
 
 
-def _case(kind, solver, stages, draws=0, frozen=X0, name="", order=None, memory=0) -> Case:
+def _case(kind, solver, stages, draws=0, frozen=X0, name="", order=None, memory=0) -> SolverCase:
     if order is None:
         order = solver.weak_order if kind == SDE else solver.order(None)
     name, corrects = name or type(solver).__name__, isinstance(solver, cds.UniPC)
-    return Case(
+    return SolverCase(
         name,
         kind,
         lambda path, steps: solver,
@@ -88,7 +88,7 @@ OWN_SDE = [
     _case(SDE, cds.DPMSolver2S(), 2, 2),
     _case(SDE, cds.ExponentialHeun(), 2, 1),
     _case(SDE, cds.ExponentialSRA(), 2, 2),
-    Case("EDMHeun(churn)", SDE, _churn, 2, 2, 1, EPSILON, 0.0, perturbed=False, noise_first=True),
+    SolverCase("EDMHeun(churn)", SDE, _churn, 2, 2, 1, EPSILON, 0.0, perturbed=False, noise_first=True),
 ]
 # weak orders for additive noise, which diffrax does not declare
 DIFFRAX_SDE = [
@@ -142,7 +142,7 @@ IMPLICIT_CASES = [
 CASES = [*OWN_SDE, *DIFFRAX_SDE, *OWN_ODE, *DIFFRAX_ODE, *ADAPTIVE_CASES, *IMPLICIT_CASES]
 
 
-def chosen(only: tuple[str, ...], kinds: tuple[str, ...] = ()) -> list[Case]:
+def chosen(only: tuple[str, ...], kinds: tuple[str, ...] = ()) -> list[SolverCase]:
     """The cases of these kinds (empty: all) whose name contains one of `only` (empty: all); `ValueError` where there is none."""
     found = [c for c in CASES if (not kinds or c.kind in kinds) and (not only or any(part in c.name for part in only))]
     if not found:

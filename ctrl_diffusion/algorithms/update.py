@@ -12,7 +12,7 @@ from ..critics import soft_error
 from ..estimators import Models
 from ..estimators.base import per_path
 from ..exploration import NoExploration
-from ..gradients import Loss, each_in_parts, mean_over_rows, reduced_once
+from ..gradients import Loss, each_in_parts, mean_over_batch, reduced_once
 from ..parallel import PARAMETERS
 from ..process import Params
 from ..rollout import Rollout, Transitions
@@ -117,7 +117,7 @@ def value_step(
     assert optimizer is not None
     given = (fixed, learned.params, reference, kl_weight, None)
     if recipe.critic.loss is soft_error and (parts > 1 or layout.mesh is not None):
-        largest = mean_over_rows(partial(_largest_exponent, recipe), layout, parts)(value_params, transitions, given)
+        largest = mean_over_batch(partial(_largest_exponent, recipe), layout, parts)(value_params, transitions, given)
         given = (*given[:-1], largest["max_exponent"])
     loss = reduced_once(partial(_value_loss, recipe), given, layout, parts)
     (error, _), gradient = jax.value_and_grad(loss, has_aux=True)(value_params, transitions)

@@ -31,7 +31,7 @@ from ctrl_diffusion.solvers import (
 )
 
 from ..commandline import require_known
-from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
+from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, SolverCase, chosen
 from ..timing import interleaved
 from .config import Config as Config
 
@@ -42,7 +42,7 @@ TARGETS = {"forward": 1.05, "trivial": 1.1, "gradient": 1.1}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
+class Workload:
     """A v-prediction `predict(params, x, t)` with parameters, a batch and the shape of a state."""
 
     predict: Callable
@@ -52,30 +52,30 @@ class Problem:
 
 
 @functools.cache
-def digits_problem(batch: int, width: int, depth: int) -> Problem:
+def digits_problem(batch: int, width: int, depth: int) -> Workload:
     """The network of `experiments.digits` with weights that do something: a fresh one predicts zero."""
     shape = (8, 8, 1)
     graphdef, params = nnx.split(cd.ResidualMLP(shape, shape, width=width, depth=depth, rngs=nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten([leaf + 0.05 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
-    return Problem(lambda p, x, t: nnx.merge(graphdef, p)(x, jnp.broadcast_to(t, (len(x),)), None), params, batch, shape)
+    return Workload(lambda p, x, t: nnx.merge(graphdef, p)(x, jnp.broadcast_to(t, (len(x),)), None), params, batch, shape)
 
 
 @functools.cache
-def trivial_problem(batch: int) -> Problem:
+def trivial_problem(batch: int) -> Workload:
     """A prediction proportional to the state: one multiplication."""
-    return Problem(lambda p, x, t: p * x, jnp.asarray(0.3), batch, (2,))
+    return Workload(lambda p, x, t: p * x, jnp.asarray(0.3), batch, (2,))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def starts(key, problem: Problem) -> tuple[jax.Array, jax.Array]:
+def starts(key, problem: Workload) -> tuple[jax.Array, jax.Array]:
     """The batch of states that a solve starts from, and the key of each one's noise."""
     keys = jax.vmap(jax.random.split)(sample_keys(key, problem.batch))
     return cd.DiffusionProcess(SCHEDULE).initial(keys[:, 0], problem.shape), keys[:, 1]
 
 
-def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, called: Callable | None = None) -> Callable:
+def solve(case: SolverCase, problem: Workload, steps: int, gradient: bool = False, called: Callable | None = None) -> Callable:
     """`run(params, x0, keys)`: final states by this library; `called()` is called at every network evaluation."""
     process = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen)
     grid = process.grid(steps)
@@ -106,7 +106,7 @@ def solve(case: Case, problem: Problem, steps: int, gradient: bool = False, call
 
 
 def hand_written(
-    problem: Problem,
+    problem: Workload,
     steps: int,
     stages: int,
     draws: int,
@@ -165,7 +165,7 @@ def hand_written(
     return run
 
 
-def scanned(case: Case, problem: Problem, steps: int, remat: bool = False) -> Callable:
+def scanned(case: SolverCase, problem: Workload, steps: int, remat: bool = False) -> Callable:
     """One scan over the solver's own step: the same arithmetic without diffrax's loop."""
     process, grid = cd.DiffusionProcess(SCHEDULE, case.eta, case.frozen), cd.DiffusionProcess(SCHEDULE, 0.0).grid(steps)
 
@@ -189,7 +189,7 @@ def scanned(case: Case, problem: Problem, steps: int, remat: bool = False) -> Ca
     return run
 
 
-def count(case: Case, problem: Problem, steps: int) -> int:
+def count(case: SolverCase, problem: Workload, steps: int) -> int:
     """Network evaluations of one solve; those inside a Jacobian count once."""
     calls: list[None] = []
     run = jax.jit(solve(case, problem, steps, called=lambda: calls.append(None)))
@@ -198,7 +198,7 @@ def count(case: Case, problem: Problem, steps: int) -> int:
     return len(calls)
 
 
-def sides(case: Case, problem: Problem, evaluations: int, gradient: bool = False) -> tuple[Callable, Callable]:
+def sides(case: SolverCase, problem: Workload, evaluations: int, gradient: bool = False) -> tuple[Callable, Callable]:
     """The library's solve and the hand-written scan at equal network evaluations, compiled on their first call."""
     steps = scan_steps = max(evaluations // (case.stages or 6), 1)
     stages, extra = case.stages, case.extra
@@ -220,12 +220,12 @@ def _compiled(run: Callable, gradient: bool) -> jax.stages.Wrapped:
 
 
 @functools.cache
-def _compiled_scan(problem: Problem, shape: tuple[Any, ...], gradient: bool) -> Callable:
+def _compiled_scan(problem: Workload, shape: tuple[Any, ...], gradient: bool) -> Callable:
     """Solvers of the same shape share one program."""
     return _compiled(hand_written(problem, *shape, remat=gradient), gradient)
 
 
-def ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
+def ratio(case: SolverCase, problem: Workload, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The median over pairs of the time of the library's solve divided by that of the scan."""
     return median_ratio(sides(case, problem, evaluations, gradient), repeats)
 
@@ -236,7 +236,7 @@ def median_ratio(calls: tuple[Callable, Callable], repeats: int, warmup: int = 2
     return statistics.median((np.asarray(times[0]) / np.asarray(times[1])).tolist())
 
 
-def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gradient: bool = False) -> float:
+def step_ratio(case: SolverCase, problem: Workload, evaluations: int, repeats: int, gradient: bool = False) -> float:
     """The same against `scanned`: what the loop costs, whatever the step does."""
     args, steps = (problem.params, *starts(jax.random.key(0), problem)), max(evaluations // case.stages, 1)
     runs = solve(case, problem, steps, gradient), scanned(case, problem, steps, gradient)
@@ -245,12 +245,12 @@ def step_ratio(case: Case, problem: Problem, evaluations: int, repeats: int, gra
 
 
 @functools.cache
-def small(problem: Problem) -> Problem:
+def small(problem: Workload) -> Workload:
     """A few states of it: an implicit solver factorises a matrix with a row for every entry of the batch."""
     return dataclasses.replace(problem, batch=min(problem.batch, 16))
 
 
-def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int, int]:
+def gradient_memory(case: SolverCase, problem: Workload, evaluations: int) -> tuple[int, int]:
     """Bytes of temporary memory of the two compiled gradients, by the compiler's own account."""
     args, steps = (problem.params, *starts(jax.random.key(0), problem)), max(evaluations // case.stages, 1)
     scan = hand_written(problem, steps, case.stages, case.draws, 0, case.memory, case.corrects, case.noise_first, remat=True)
@@ -264,7 +264,7 @@ def gradient_memory(case: Case, problem: Problem, evaluations: int) -> tuple[int
     return found[0], found[1]
 
 
-def measure(case: Case, config: Config) -> dict[str, Any]:
+def measure(case: SolverCase, config: Config) -> dict[str, Any]:
     """One row of the table."""
     digits, trivial = digits_problem(config.batch, config.width, config.depth), trivial_problem(config.trivial_batch)
     row: dict[str, Any] = dict(

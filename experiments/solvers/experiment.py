@@ -19,7 +19,7 @@ from ctrl_diffusion.solvers import brownian_tree, integrate, integrate_adaptive
 
 from ..figures import png
 from ..solver_cost import cost as solver_cost
-from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, Case, chosen
+from ..solver_registry import ADAPTIVE, IMPLICIT, KINDS, ODE, SDE, SolverCase, chosen
 from .config import Config as Config
 from .problems import (
     NO_ARGS,
@@ -51,7 +51,7 @@ def flow(samples: int):
     return x0, ode_reference(x0, 0.0)
 
 
-def ode_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+def ode_curve(case: SolverCase, config: Config) -> tuple[list[int], list[float]]:
     """Evaluations and errors of a fixed-grid ODE solver."""
     x0, exact = flow(config.samples)
     counts = [max(n // case.stages, 2) for n in config.evaluations]
@@ -60,7 +60,7 @@ def ode_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
     return [n * case.stages for n in counts], errors
 
 
-def sde_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+def sde_curve(case: SolverCase, config: Config) -> tuple[list[int], list[float]]:
     """Evaluations and weak errors of a fixed-grid SDE solver."""
     counts = [max(n // case.stages, 2) for n in config.evaluations]
     solver = case.make if case.eta == 0 else case.make(None, 1)
@@ -77,7 +77,7 @@ def counted(score, calls: list[None]):
     return control
 
 
-def adaptive_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+def adaptive_curve(case: SolverCase, config: Config) -> tuple[list[int], list[float]]:
     """Evaluations and errors of adaptive steps at a sequence of tolerances."""
     stochastic, solver, calls = case.eta > 0, case.make(None, 1), []
     model, control = process(case.eta, case.frozen), counted(mixture_score if case.eta > 0 else both_scores, calls)
@@ -104,7 +104,7 @@ def adaptive_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
     return evaluations, errors
 
 
-def implicit_curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+def implicit_curve(case: SolverCase, config: Config) -> tuple[list[int], list[float]]:
     """Evaluations (a Jacobian counts as one) and errors of an implicit solver on Gaussian data, away from the data end."""
     x0, calls = jax.random.normal(jax.random.key(0), (8, 1), jnp.float64), []
     run = endpoint(process().term(counted(gaussian_score, calls), None), case.make(None, 1))
@@ -128,13 +128,13 @@ def measured_order(evaluations: list[int], errors: list[float]) -> float | None:
     return slope(*zip(*good)) if len(good) > 1 and good[0][0] < good[-1][0] else None
 
 
-def curve(case: Case, config: Config) -> tuple[list[int], list[float]]:
+def curve(case: SolverCase, config: Config) -> tuple[list[int], list[float]]:
     """Evaluations and errors."""
     with jax.enable_x64(True):
         return CURVES[case.kind](case, config)
 
 
-def to_time(case: Case, config: Config) -> tuple[Callable, Callable]:
+def to_time(case: SolverCase, config: Config) -> tuple[Callable, Callable]:
     """The two solves of `ratio_to_scan`, compiled, and run once."""
     if case.kind == IMPLICIT:
         problem = solver_cost.small(solver_cost.trivial_problem(config.ratio_batch))
@@ -146,7 +146,7 @@ def to_time(case: Case, config: Config) -> tuple[Callable, Callable]:
 
 
 def measure(
-    case: Case, config: Config, found: tuple[list[int], list[float]], calls: tuple[Callable, Callable]
+    case: SolverCase, config: Config, found: tuple[list[int], list[float]], calls: tuple[Callable, Callable]
 ) -> dict[str, Any]:
     """One entry of `metrics.json`, with the ratio, which must be timed alone."""
     repeats, warmup = (config.repeats, 1) if case.kind in (ODE, SDE) else (min(config.repeats, 2), 0)  # slow, without a target
