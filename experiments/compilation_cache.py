@@ -24,7 +24,11 @@ def keep_compiled_programs() -> None:
     If the folder cannot be made, nothing is kept; that is no error.
     """
     said = jax.config.values
-    if not said["jax_enable_compilation_cache"] or said["jax_compilation_cache_dir"] is not None:
+    if not said["jax_enable_compilation_cache"]:
+        return
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+    if said["jax_compilation_cache_dir"] is not None:
         return
     folder = default_folder()
     try:
@@ -32,8 +36,6 @@ def keep_compiled_programs() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
 
 
 def _processor() -> str:
