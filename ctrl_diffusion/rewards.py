@@ -9,6 +9,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
@@ -247,7 +248,7 @@ def gradient_fault(reward: Reward, x: Float[Array, "b *x"], cond: Any = None) ->
     """A sentence that names the samples at which the reward is finite and its gradient is not; `None` if there is none."""
     if not reward.differentiable:
         return None
-    gradient = jax.grad(lambda x: jax.numpy.sum(reward(x, cond)))(x)
+    gradient = jax.grad(lambda x: jnp.sum(reward(x, cond)))(x)
     bad = np.flatnonzero(np.isfinite(np.asarray(reward(x, cond))) & ~np.asarray(are_finite(gradient)))
     if not len(bad):
         return None

@@ -272,5 +272,7 @@ def test_what_rewards_refuse(pickscore):
     with pytest.raises(ValueError, match="has 102 tokens, over 77: shorten it or pass truncate=True"):
         pickscore.tokenize(["cat " * 100])
     assert pickscore.tokenize(["cat " * 100], truncate=True).shape == (1, 77)
+    with pytest.warns(UserWarning, match=r"'PickScore' reads 77 tokens: of 1 of 2 prompts it does not see the end \(.* 102\)"):
+        for_prompts(pickscore, ["cat " * 100, "a cat"], "PickScore")
     with pytest.raises(ValueError, match=r"pixels of shape \(6, 61, 83, 3\) must be \[b, 24, 24, 3\]"):
         pickscore.network.image_features(IMAGES)

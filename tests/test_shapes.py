@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -45,3 +46,22 @@ def test_a_model_whose_control_would_be_lost_is_not_saved(tmp_path):
     cd.save(tmp_path / "model", model)
     loaded = cd.load(tmp_path / "model")
     assert jnp.array_equal(loaded.sample(jax.random.key(0), 3), model.sample(jax.random.key(0), 3))
+
+
+def test_what_step_is_given_is_named():
+    """A state that was overwritten, results in place of a state, and keys that are none."""
+    sampler = cd.Sampler(PROCESS, lambda params, t, x, cond: -params * x, (2,), grid=GRID)
+    algorithm = cd.ddpo(cd.Objective(sampler, lambda x: x[:, 0], 0.0), cd.Training(optax.sgd(1e-3), 4))
+    key, first = jax.random.key(0), algorithm.init(jnp.ones(2))
+    results = algorithm.step(key, first)
+    with pytest.raises(ValueError, match="state was given to step before, .*pass the state that step returned, or a copy"):
+        algorithm.step(key, first)
+    with pytest.raises(TypeError, match="state is a tuple: pass what init returned, or the first of the two"):
+        algorithm.step(key, results)
+    for wrong, about in (
+        (jax.random.split(key, 2), r"key<fry> of shape \(2,\)"),
+        (jax.random.PRNGKey(0), "uint32"),
+        (0, "int"),
+    ):
+        with pytest.raises(TypeError, match=f"key is {about}.*: pass one key, such as"):
+            algorithm.step(wrong, results[0])

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
 
 from ..critics import Critic
 from ..estimators import AbstractEstimator
@@ -56,11 +55,31 @@ def compose(
         state = State(learned, reference, empty_buffer(recipe), kl_weight)
         return layout.put(state, lambda state: layout.shardings(state_axes(recipe), state))
 
-    def step(key: Key[Array, ""], state: State) -> tuple[State, Info]:
+    def step(key: Any, state: Any) -> tuple[State, Info]:
+        _check_call(key, state)
         key = layout.put(key, layout.replicated)
         return iterate(running(programs, layout), recipe, fixed, key, state)
 
     return Algorithm(init, step, fixed, recipe, programs)
+
+
+def _check_call(key: Any, state: Any) -> None:
+    """Refuse arguments of `step` that JAX would refuse in words of its own."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"state is a {type(state).__name__}: pass what init returned, or the first of the two that step returned."
+        )
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            "state was given to step before, which wrote the next state into its memory: pass the state that step returned, or a copy "
+            "made before (jax.tree.map(jnp.copy, state))."
+        )
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        about = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array) else type(key).__name__
+        raise TypeError(
+            f"key is {about}: pass one key, such as jax.random.key(0) or jax.random.fold_in(key, iteration); one of "
+            "jax.random.PRNGKey as jax.random.wrap_key_data(key)."
+        )
 
 
 def _check_value_params(recipe: Recipe, value_params: Any) -> None:

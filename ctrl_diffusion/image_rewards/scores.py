@@ -6,6 +6,7 @@ Rewards are pytrees. Pass them to compiled functions as arguments; else their pa
 """
 
 import abc
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,10 +123,18 @@ def for_prompts(reward: AbstractImageReward, prompts: Sequence[str], name: str, 
 
     Args:
         reward: a reward of images and token ids.
-        prompts: all prompts; they are truncated to the length that the reward can read.
+        prompts: all prompts; they are truncated to the length that the reward can read. A warning says of how many the end is lost.
         name: the name in logs.
         chunk: number of images at a time, see `in_chunks` (default: all).
     """
-    ids = reward.tokenize(prompts, truncate=True)
+    ids, tokenizer = reward.tokenize(prompts, truncate=True), getattr(reward, "tokenizer", None)
+    if ids is not None and tokenizer is not None:
+        lengths = [len(row) for row in tokenizer(list(prompts))["input_ids"]]
+        if longer := sum(length > ids.shape[1] for length in lengths):
+            warnings.warn(
+                f"reward {name!r} reads {ids.shape[1]} tokens: of {longer} of {len(prompts)} prompts it does not see the end "
+                f"(the longest has {max(lengths)}).",
+                stacklevel=2,
+            )
     scorer = ForPrompts(reward, None if ids is None else jnp.asarray(ids), chunk)
     return differentiable(scorer, name, conditional=True)

@@ -38,18 +38,8 @@ from .report import write_gallery
 
 _ABOUT = (
     *("devices", "use_previous_checkpoint", "settings", "iterations", "evaluate_every", "checkpoint_every"),
-    *(
-        "accumulation",
-        "rollouts",
-        "remat",
-        "attention",
-        "attention_chunk",
-        "decode_chunk",
-        "model",
-        "prompts",
-        "held_out_prompts",
-    ),
-    "reward_folder",
+    *("accumulation", "rollouts", "remat", "attention", "attention_chunk", "decode_chunk"),
+    *("model", "prompts", "held_out_prompts", "reward_folder"),
 )
 """Settings that do not make a run another one. Of a model, prompts and reward models the content counts, not the place."""
 _EVALUATION = ("evaluation_samples", "evaluation_solvers", "evaluation_steps")
