@@ -266,6 +266,15 @@ def test_as_a_reward_of_fixed_prompts(pickscore):
     assert sum(leaf.size for leaf in jax.tree.leaves(reward) if eqx.is_array(leaf)) > parameters  # arguments, not constants
 
 
+def test_networks_do_not_compute_in_float16(clips):
+    """Parameters may be float16 beside another type of the computation."""
+    _, folder, *_ = next(iter(clips.values()))
+    for loading in (Loading(dtype=jnp.float16), Loading(param_dtype=jnp.float16, cast=True)):
+        with pytest.raises(ValueError, match="dtype=float16: networks do not compute in float16, .*dtype=jnp.bfloat16"):
+            load_clip(folder, loading)
+    assert load_clip(folder, Loading(jnp.float32, jnp.float16, cast=True)).logit_scale.dtype == jnp.float16
+
+
 def test_what_rewards_refuse(pickscore):
     with pytest.raises(ValueError, match=r"ids=None: this reward reads the prompts: pass reward.tokenize\(prompts\)"):
         pickscore(IMAGES)

@@ -15,7 +15,7 @@ from ..pretrained.attention import AttentionFn
 from ..pretrained.clip import CLIP, CLIPImages
 from ..pretrained.clip_config import VIT_H_14, CLIPConfig, read_clip_config
 from ..pretrained.clip_names import clip, openai_tensors
-from ..pretrained.config import read_config
+from ..pretrained.config import check_computing_type, read_config
 from ..pretrained.layers import Layers
 from ..pretrained.stored import by_todays_names
 from ..pretrained.tokens import check_vocabulary, load_tokenizer, read_tokenizer
@@ -45,6 +45,8 @@ class Loading(NamedTuple):
     """`sharding(name, shape)` says where a parameter is put; default: on the default device."""
 
     def make(self, cls: Any, config: Any) -> Callable[[nnx.Rngs], Any]:
+        """How a network is made, for its shapes. `ValueError` if it would compute in float16."""
+        check_computing_type(self.dtype, self.param_dtype)
         return functools.partial(
             _make, cls, config, dict(dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat, attention=self.attention)
         )
@@ -125,7 +127,7 @@ def load_hps(
 ) -> TextAlignment:
     """HPSv2 and HPSv2.1 (Wu et al. 2023), `cos(image, text)`, from `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt`.
 
-    These files are float16: use `Loading(cast=True)` or `Loading(param_dtype=jnp.float16)`.
+    These files are float16: use `Loading(cast=True)`, or `Loading(jnp.float32, jnp.float16)` to keep the parameters as they are.
 
     Args:
         tokenizer: the folder of a CLIP tokenizer, for example that of a Stable Diffusion 1 folder.

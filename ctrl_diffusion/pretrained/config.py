@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+import jax.numpy as jnp
+
 Config = TypeVar("Config")
 Fixed = Mapping[str, tuple[Any, ...]]
 
@@ -69,6 +71,15 @@ def parse_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
                 "network does not depend on it."
             )
     return cls(**arguments)
+
+
+def check_computing_type(dtype: Any, param_dtype: Any) -> None:
+    """`ValueError` for networks that would compute in float16; `dtype=None` is the parameters' type."""
+    if jnp.dtype(param_dtype if dtype is None else dtype) == jnp.float16:
+        raise ValueError(
+            "dtype=float16: networks do not compute in float16, whose range ends at 65504: activations overflow, and gradients would need "
+            "a loss scale. Pass dtype=jnp.bfloat16 or dtype=jnp.float32; param_dtype may be float16 beside it."
+        )
 
 
 def config_values(config: Any) -> dict[str, Any]:

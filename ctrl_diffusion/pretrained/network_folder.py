@@ -15,7 +15,7 @@ from .attention import AttentionFn
 from .clip_config import CLIPTextConfig
 from .clip_names import clip_text
 from .clip_text import CLIPText
-from .config import config_values, read_config
+from .config import check_computing_type, config_values, read_config
 from .names import Names
 from .vae import VAE, VAEConfig
 from .weights import Placement, load_parameters, save_parameters
@@ -71,6 +71,7 @@ def read_network(
         sharding: `sharding(name, shape)` is the place of the parameter `name`, for example `encoder.conv_in.kernel`;
             `None`: the default device.
     """
+    check_computing_type(dtype, param_dtype)
     folder, config = Path(folder), read_description(cls, kind, folder)
     build: Any = cls
 
