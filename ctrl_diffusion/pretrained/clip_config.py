@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .config import Fixed, check_supported, parse_config, read_json
+from .config import Fixed, check_counts, check_supported, parse_config, read_json
 
 # What transformers of some age wrote into every description, of generation and bookkeeping: nothing that a tower computes with.
 BOOKKEEPING = (
@@ -74,6 +74,7 @@ class CLIPTextConfig:
     )
 
     def __post_init__(self):
+        check_counts(self, besides=("vocab_size", "eos_token_id"))
         check_supported("hidden_act", {self.hidden_act}, {"quick_gelu", "gelu"})
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}.")
@@ -112,6 +113,7 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self):
+        check_counts(self, besides=("vocab_size", "eos_token_id"))
         check_supported("hidden_act", {self.hidden_act}, {"quick_gelu", "gelu"})
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}.")

@@ -97,6 +97,15 @@ def check_supported(name: str, values: set, supported: set) -> None:
         raise ValueError(f"{name} has {value!r}, which is not supported: it must be {_either(sorted(supported))}.")
 
 
+def check_counts(config: Any, *, besides: tuple[str, ...] = ()) -> None:
+    """`ValueError` for the first whole number of a description below 1; names in `besides` may be smaller."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1 and field.name not in besides:
+                raise ValueError(f"{field.name}={value!r} must be at least 1.")
+
+
 def groups_divide(config: Any) -> None:
     for channels in config.block_out_channels:
         if channels % config.norm_num_groups:

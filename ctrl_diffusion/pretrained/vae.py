@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .attention import AttentionFn
-from .config import Fixed, check_supported, groups_divide, one_per_block
+from .config import Fixed, check_counts, check_supported, groups_divide, one_per_block
 from .layers import Images, Layers, Resized, recomputed
 from .names import Names
 from .resnet import PixelAttention, ResNetBlock, upsample
@@ -63,6 +63,7 @@ class VAEConfig:
     ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)  # the caller chooses the type that is computed in
 
     def __post_init__(self):
+        check_counts(self)
         for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             one_per_block(self, name, getattr(self, name), len(self.block_out_channels))
             check_supported(name, set(getattr(self, name)), {block})

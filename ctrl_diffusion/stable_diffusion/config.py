@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ..pretrained.config import Fixed, check_supported, groups_divide, one_per_block
+from ..pretrained.config import Fixed, check_counts, check_supported, groups_divide, one_per_block
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
@@ -68,6 +68,7 @@ class UNetConfig:
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
 
     def __post_init__(self):
+        check_counts(self)
         blocks = len(self.block_out_channels)
         one_per_block(self, "down_block_types", self.down_block_types, blocks)
         one_per_block(self, "up_block_types", self.up_block_types, blocks)
