@@ -27,6 +27,11 @@ class AbstractExploration(eqx.Module):
         """Solver steps per control interval."""
         return 1
 
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the paths have a likelihood ratio and a path KL."""
+        return True
+
     @abc.abstractmethod
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         """Sample paths on `sampler.grid`, the control grid, and record the standard normals that their likelihood depends on."""
@@ -62,7 +67,11 @@ class Brownian(AbstractExploration):
 
 
 class NoExploration(AbstractExploration):
-    """Paths as an ODE makes them, for gradients that go through them (`estimators.Pathwise`). There is no likelihood and no path KL."""
+    """Paths of an ODE without noise, for gradients through the sampler (`estimators.Pathwise`). They have no likelihood and no path KL."""
+
+    @property
+    def has_likelihood(self) -> bool:
+        return False
 
     def trajectory(self, sampler: Sampler, params, keys, cond=None) -> Trajectory:
         return sampler.trajectory(params, keys, cond)

@@ -49,7 +49,7 @@ def execute(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from what is written.", file=sys.stderr)
+        print("\ninterrupted: run the same command again; it goes on from what it had written, if anything.", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -68,6 +68,9 @@ def test_folders_are_told_by_content_and_not_by_place(tmp_path):
     (tmp_path / "a" / "unet" / "weights").write_bytes(rng.bytes(3_000_000))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b")
+    (tmp_path / "b" / ".cache").mkdir()
+    (tmp_path / "b" / ".cache" / "download.lock").write_text("")
+    assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b")
     (tmp_path / "b" / "unet" / "weights").write_bytes(rng.bytes(3_000_000))
     (tmp_path / "a" / "config.json").rename(tmp_path / "a" / "model.json")
     assert len({folder_digest(tmp_path / name) for name in "ab"}) == 2
@@ -98,7 +101,10 @@ def test_an_interrupt_says_what_comes_next(capsys):
         raise KeyboardInterrupt
 
     assert execute(run, dict[str, int], None, "experiments.digits", []) == 130
-    assert capsys.readouterr().err == "\ninterrupted: the same command goes on from what is written.\n"
+    assert (
+        capsys.readouterr().err
+        == "\ninterrupted: run the same command again; it goes on from what it had written, if anything.\n"
+    )
 
 
 # -- rewards, before anything long begins, and their gradients ------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from ..critics import Critic, soft_error
 from ..estimators import AbstractEstimator, Calls
 from ..estimators.base import require_kl_weight
-from ..exploration import AbstractExploration, NoExploration
+from ..exploration import AbstractExploration
 from ..objective import Objective
 from ..parallel import Layout
 from ..process import Cond
@@ -173,7 +173,7 @@ class Recipe(NamedTuple):
         for name, number in (counts | ({} if training.times is None else {"times.number": training.times.number})).items():
             if number < 1:
                 raise ValueError(f"{name}={number} must be at least 1.")
-        if isinstance(self.objective.exploration, NoExploration) and estimator.needs_noise:
+        if estimator.needs_likelihood and not self.objective.exploration.has_likelihood:
             raise ValueError(
                 f"the sampler is an ODE, whose paths have no likelihood, and {type(estimator).__name__} needs one: use eta > 0, "
                 "Objective(exploration=ActionNoise(...)), or an algorithm that differentiates through the sampler, such as draft."

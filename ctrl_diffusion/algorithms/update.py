@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from ..critics import soft_error
 from ..estimators import Models
 from ..estimators.base import per_path
-from ..exploration import NoExploration
 from ..gradients import Loss, each_in_parts, mean_over_batch, reduced_once
 from ..parallel import PARAMETERS
 from ..process import Params
@@ -70,14 +69,12 @@ def summarise(
 ) -> tuple[Any, Float[Array, "b *x"], Metrics]:
     """The temperature of the next iteration, the final states, and mean reward, path KL and objective of the fresh paths.
 
-    An ODE that is not explored has no path KL: it is NaN.
+    The path KL is NaN if the exploration has no likelihood.
     """
     penalty = jnp.sum(fresh.penalty, axis=0)
     gained = fresh.reward - jnp.sum(recipe.objective.costs(fresh), axis=0)
     paid = kl_weight * penalty if recipe.objective.penalised else 0.0
-    path_kl = jnp.mean(penalty)
-    if isinstance(recipe.objective.exploration, NoExploration):
-        path_kl = jnp.full_like(path_kl, jnp.nan)
+    path_kl = jnp.where(recipe.objective.exploration.has_likelihood, jnp.mean(penalty), jnp.nan)
     metrics = {"reward": jnp.mean(fresh.reward), "path_kl": path_kl, "objective": jnp.mean(gained - paid)}
     metrics |= {f"reward/{name}": jnp.mean(v) for name, v in terms.items()}
     if recipe.training.kl_target is not None:

@@ -45,8 +45,8 @@ class AbstractEstimator(eqx.Module):
     whole_paths: AbstractVar[bool]
 
     @property
-    def needs_noise(self) -> bool:
-        """Whether the loss is a likelihood of sampled paths, or is regressed on their noise."""
+    def needs_likelihood(self) -> bool:
+        """Whether the loss uses the likelihood of the sampled paths, or the noise that they were sampled with."""
         return True
 
     @property

@@ -89,7 +89,7 @@ class Pathwise(AbstractEstimator):
             )
 
     @property
-    def needs_noise(self) -> bool:
+    def needs_likelihood(self) -> bool:
         return False
 
     def starts(self, objective: Objective) -> np.ndarray:

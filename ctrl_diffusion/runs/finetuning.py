@@ -61,11 +61,15 @@ def finetune(
         FloatingPointError: if a loss or gradient norm is not finite; the last checkpoint stays.
         RewardError: if the reward fails; the state before that iteration is checkpointed.
         OSError: if a checkpoint cannot be written.
-        ValueError: if a checkpoint cannot be read, or a number is below 1.
+        ValueError: if a checkpoint cannot be read, a number is below 1, or `kl_budget` is given where there is no path KL.
     """
     for name, number in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1.")
+    if kl_budget is not None and not algorithm.recipe.objective.exploration.has_likelihood:
+        raise ValueError(
+            f"kl_budget={kl_budget}: the sampler is an ODE, which has no path KL: leave kl_budget out, or use eta > 0."
+        )
     checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
     restored = checkpoints.restore(state)
     if restored is not None:

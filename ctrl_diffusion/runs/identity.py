@@ -12,9 +12,9 @@ BLOCKS, SIZE = 16, 2**16  # of a file, evenly spaced: two models of one shape di
 
 
 def source_digest(function: Reward | Callable[..., Any]) -> str | None:
-    """Tells two versions of a function by their source; `None` where there is none, and for functions of this library.
+    """A hash of a function's source, which tells two versions of it apart. `None` for functions without source and those of this library.
 
-    What a function calls is not looked into.
+    The source of what the function calls is not part of it.
     """
     found: Any = function
     while not inspect.isroutine(found) and (inner := getattr(found, "fn", None) or getattr(found, "func", None)) is not None:
@@ -32,11 +32,16 @@ def source_digest(function: Reward | Callable[..., Any]) -> str | None:
 
 
 def folder_digest(folder: Path) -> str:
-    """Tells two folders of weights by the names and sizes of their files and blocks of each, wherever they lie."""
+    """A hash that tells two folders of weights apart, wherever they lie: of the names and sizes of their files, and 16 blocks of each.
+
+    Hidden files and folders, such as notes of a download, do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for name in (name for name in names if not any(part.startswith(".") for part in name.parts)):
+        path = folder / name
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        digest.update(f"{name.as_posix()} {size}\n".encode())
         with path.open("rb") as file:
             for i in range(BLOCKS):
                 file.seek(i * max(size - SIZE, 0) // (BLOCKS - 1))

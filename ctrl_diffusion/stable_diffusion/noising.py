@@ -35,19 +35,12 @@ OTHER_SAMPLERS: dict[str, dict[str, Any]] = {
 }
 # entries of theirs that say how they step, which a solver of this library does instead
 STEPPING = {
-    *(
-        "algorithm_type",
-        "disable_corrector",
-        "dynamic_thresholding_ratio",
-        "euler_at_final",
-        "flow_shift",
-        "interpolation_type",
-    ),
-    *("lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0", "sample_max_value", "sigma_max"),
-    *("sigma_min", "shift_terminal", "solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling"),
-    *("timestep_type", "use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas"),
-    *("use_lu_lambdas", "variance_type", "clip_sample_range", "final_sigmas_type"),
-}
+    "algorithm_type", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final", "flow_shift", "interpolation_type",
+    "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0", "sample_max_value", "sigma_max",
+    "sigma_min", "shift_terminal", "solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling",
+    "timestep_type", "use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas",
+    "use_lu_lambdas", "variance_type", "clip_sample_range", "final_sigmas_type",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
