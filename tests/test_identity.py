@@ -6,13 +6,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from huggingface_hub import constants
 
 import ctrl_diffusion as cd
 from ctrl_diffusion.image_rewards import RemoteScores
 from ctrl_diffusion.pretrained import find_folder
-from ctrl_diffusion.runs import Evaluator, RunDirectory, folder_digest, source_digest
+from ctrl_diffusion.runs import Evaluator, RunDirectory, finetune, folder_digest, source_digest
 from experiments.commandline import execute
 
 
@@ -71,9 +72,11 @@ def test_folders_are_told_by_content_and_not_by_place(tmp_path):
     (tmp_path / "b" / ".cache").mkdir()
     (tmp_path / "b" / ".cache" / "download.lock").write_text("")
     assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b")
+    before = folder_digest(tmp_path / "b")
     (tmp_path / "b" / "unet" / "weights").write_bytes(rng.bytes(3_000_000))
+    assert folder_digest(tmp_path / "b") != before
     (tmp_path / "a" / "config.json").rename(tmp_path / "a" / "model.json")
-    assert len({folder_digest(tmp_path / name) for name in "ab"}) == 2
+    assert folder_digest(tmp_path / "a") != before
 
 
 def test_a_hub_id_is_found_in_the_cache_on_disk(tmp_path, monkeypatch):
@@ -134,6 +137,18 @@ def test_a_gradient_that_is_not_finite_is_named():
     assert cd.rewards.gradient_fault(norm, x[::2]) is None
     assert cd.rewards.gradient_fault(cd.differentiable(lambda x: jnp.log(x[:, 0])), x) is None
     assert cd.rewards.gradient_fault(cd.black_box(lambda x: x[:, 0]), x) is None
+
+
+def test_a_run_whose_gradient_is_not_finite_names_the_reward(tmp_path):
+    """Its value is 0 everywhere."""
+    process = cd.DiffusionProcess(cd.VPLinear(tau_min=0.02))
+    sampler = cd.Sampler(process, lambda params, t, x, cond: -params * x, (2,), grid=process.grid(2))
+    root = cd.differentiable(lambda x: jnp.sqrt(0 * x[:, 0]), "root")
+    algorithm = cd.draft(cd.Objective(sampler, root, 0.0), cd.Training(optax.sgd(1e-3), 4))
+    with pytest.raises(
+        FloatingPointError, match="in iteration 0 .*The cause: the gradient of reward 'root' is not finite at sample 0"
+    ):
+        finetune(start(tmp_path / "run"), algorithm, algorithm.init(jnp.ones(2)), jax.random.key(0), iterations=1)
 
 
 def test_reference_samples_are_kept(tmp_path):
