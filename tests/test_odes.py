@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ctrl_diffusion as cd
+from ctrl_diffusion.runs import RunDirectory, finetune
 from tests.test_special_cases import (
     BATCH,
     DIM,
@@ -42,3 +43,12 @@ def test_draft_of_an_ode_needs_no_exploration():
         ValueError, match="the sampler is an ODE, whose paths have no likelihood, and LikelihoodRatio needs one"
     ):
         cd.ddpo(flow, SGD)
+
+
+def test_an_ode_has_no_path_kl_to_limit(tmp_path):
+    process = cd.DiffusionProcess(PROCESS.schedule, 0.0)
+    sampler = cd.Sampler(process, control, (DIM,), grid=process.grid(STEPS), dtype=jnp.float64)
+    algorithm = cd.draft(cd.Objective(sampler, cd.differentiable(reward), 0.0), SGD)
+    run, state = RunDirectory(tmp_path / "run", loggers=[]), algorithm.init(weights(0))
+    with pytest.raises(ValueError, match="kl_budget=1.0: the sampler is an ODE, which has no path KL: leave it out"):
+        finetune(run, algorithm, state, KEY, iterations=1, kl_budget=1.0)

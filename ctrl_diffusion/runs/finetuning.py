@@ -63,13 +63,7 @@ def finetune(
         OSError: if a checkpoint cannot be written.
         ValueError: if a checkpoint cannot be read, a number is below 1, or `kl_budget` is given where there is no path KL.
     """
-    for name, number in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
-    if kl_budget is not None and not algorithm.recipe.objective.exploration.has_likelihood:
-        raise ValueError(
-            f"kl_budget={kl_budget}: the sampler is an ODE, which has no path KL: leave kl_budget out, or use eta > 0."
-        )
+    _check(algorithm, evaluate_every, checkpoint_every, kl_budget)
     checkpoints, done, seconds, stop = run.checkpoints("finetune"), 0, 0.0, "finished"
     restored = checkpoints.restore(state)
     if restored is not None:
@@ -107,6 +101,15 @@ def finetune(
                 save()
             bar.update(note=f"reward={row['reward']:.3f}, path_kl={row['path_kl']:.2f}")
     return state, Progress(done, seconds, stop)
+
+
+def _check(algorithm: Algorithm, evaluate_every: int, checkpoint_every: int, kl_budget: float | None) -> None:
+    """Refuse numbers below 1, and a budget of path KL where there is none."""
+    for name, number in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+    if kl_budget is not None and not algorithm.recipe.objective.exploration.has_likelihood:
+        raise ValueError(f"kl_budget={kl_budget}: the sampler is an ODE, which has no path KL: leave it out, or use eta > 0.")
 
 
 def _some(numbers: np.ndarray) -> str:
